@@ -1,0 +1,126 @@
+"""The state of a run as one file, replaced atomically: after a kill it is the old one or the new.
+
+The file also holds how long each JSONL file was when it was written, so that a resumed run cuts
+off what a killed round had already appended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedsim.core import ServerState
+from fedsim.errors import CheckpointError, RunError
+
+FILE = "state.safetensors"
+PREVIOUS = "previous.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a resumed run needs besides its configuration."""
+
+    server: ServerState
+    scores: list[dict[str, Any]]
+    bytes_done: Mapping[str, int]  # JSONL file -> bytes that belong to finished rounds
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file with new content: whole or not at all, and on disk when this returns.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as failure:
+        partial.unlink(missing_ok=True)
+        raise write_failed(path, failure) from failure
+
+
+def write_failed(path: Path, failure: OSError) -> RunError:
+    """The error for a file that could not be written."""
+    return RunError(
+        f"{path} cannot be written ({failure.strerror or failure})",
+        remedy="Every finished round is in the checkpoint: make room, then run with --resume.",
+    )
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the state, keeping the one before it."""
+    server = checkpoint.server
+    tensors: dict[str, Tensor] = {"row": server.row.cpu().contiguous()}
+    tensors |= {f"memory.{k}": v.cpu().contiguous() for k, v in server.memory.items()}
+    state = {
+        "round": server.round,
+        "scores": checkpoint.scores,
+        "bytes": dict(checkpoint.bytes_done),
+        "sha256": _digest(tensors),
+    }
+    content = save(tensors, metadata={"fedsim": json.dumps(state)})
+    folder.mkdir(parents=True, exist_ok=True)
+    current = folder / FILE
+    if current.exists():
+        kept = folder / (PREVIOUS + ".partial")
+        kept.unlink(missing_ok=True)
+        os.link(current, kept)
+        kept.replace(folder / PREVIOUS)
+    write_atomic(current, content)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].numpy().tobytes())
+    return h.hexdigest()
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read the state back; None when the run was stopped before its first checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged; the message says what to do.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stream:
+            state = json.loads((stream.metadata() or {})["fedsim"])
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as failure:
+        raise _damaged(folder, str(failure)) from failure
+    if _digest(tensors) != state["sha256"]:
+        raise _damaged(folder, "its checksum does not match")
+    row = tensors.pop("row")
+    memory = {name.removeprefix("memory."): value for name, value in tensors.items()}
+    server = ServerState(int(state["round"]), row, memory)
+    return Checkpoint(server, state["scores"], state["bytes"])
+
+
+def _damaged(folder: Path, why: str) -> CheckpointError:
+    remedy = "Start the run again with --fresh."
+    if (folder / PREVIOUS).is_file():
+        remedy = f"Move {PREVIOUS} over {FILE} there to resume one checkpoint earlier."
+    return CheckpointError(
+        f"{folder / FILE} is damaged ({why})", expected="a checkpoint of this run", remedy=remedy
+    )

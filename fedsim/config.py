@@ -1,0 +1,197 @@
+"""One TOML file -> one frozen configuration. Unknown keys and impossible values are errors."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsim.errors import ConfigError, nearest
+
+PRESETS = Path(__file__).parent / "presets"
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict (a string is never taken for a number), closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Run(Section):
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder below `out`")
+    seed: int = Field(42, ge=0)
+    protocol: Literal["fedsim", "flowertune"] = "fedsim"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    out: str = "runs"
+
+
+class Model(Section):
+    name: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantisation: Literal["none", "fp4", "nf4"] = "none"
+    double_quantisation: bool = False
+
+
+class Adapter(Section):
+    rank: int = Field(32, ge=1, le=1024)
+    alpha: float = Field(64.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Names = Field((), description="module names; empty: PEFT's default for the model")
+
+
+class Data(Section):
+    domain: str = "finance"
+    source: Literal["hub", "directory", "embedded"] = "hub"
+    dir: str | None = Field(None, description="with source = directory; else FEDSIM_DATA")
+    train: str | None = Field(None, description="training set; default: the domain's own")
+    max_length: int = Field(512, ge=8)
+    limit: int | None = Field(None, ge=1, description="use only the first n training rows")
+
+
+class Clients(Section):
+    number: int = Field(20, ge=1, lt=1 << 28)
+    partition: Literal["iid"] = "iid"
+
+
+class Server(Section):
+    strategy: str = "fedavg"
+    rounds: int = Field(10, ge=1, lt=1 << 16)
+    fraction: float = Field(0.1, gt=0, le=1, description="of the clients, each round")
+    min_clients: int = Field(1, ge=1)
+    export_every: int = Field(5, ge=1, description="rounds between exported adapters")
+
+
+class Train(Section):
+    steps: int = Field(10, ge=1, lt=1 << 16)
+    batch: int = Field(16, ge=1, lt=1 << 16)
+    lr_max: float = Field(5e-5, gt=0)
+    lr_min: float = Field(1e-6, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    slots: int = Field(32, ge=1, description="clients trained in one pass")
+    budget_tokens: int = Field(16384, ge=16, description="packed tokens in one pass")
+    shared_prefix: bool = Field(
+        True, description="compute a step's common prompt prefix once, where dropout is 0"
+    )
+    recompute: bool = Field(False, description="recompute activations in the backward")
+
+
+class Evaluate(Section):
+    every: int = Field(0, ge=0, description="rounds; 0: before the first and after the last")
+    tasks: Names = ()
+    limit: int | None = Field(None, ge=1, description="examples of each task")
+
+
+class Config(Section):
+    """Everything a run depends on. Written back, resolved, beside its results."""
+
+    run: Run = Run()
+    model: Model = Model()
+    adapter: Adapter = Adapter()
+    data: Data = Data()
+    clients: Clients = Clients()
+    server: Server = Server()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Config:
+        if self.train.lr_min > self.train.lr_max:
+            raise ValueError(
+                f"train.lr_min: got {self.train.lr_min}; expected <= train.lr_max "
+                f"({self.train.lr_max})"
+            )
+        if self.train.budget_tokens < self.data.max_length:
+            raise ValueError(
+                f"train.budget_tokens: got {self.train.budget_tokens}; expected >= "
+                f"data.max_length ({self.data.max_length}), or a sequence may not fit a pass"
+            )
+        return self
+
+    @property
+    def per_round(self) -> int:
+        """M: int(fraction N), at least min_clients and at most N, as Flower samples."""
+        m = max(int(self.clients.number * self.server.fraction), self.server.min_clients)
+        return min(m, self.clients.number)
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
+    out = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            out += _leaves(kind, f"{prefix}{name}.")
+        else:
+            out.append(f"{prefix}{name}")
+    return out
+
+
+KEYS: tuple[str, ...] = tuple(_leaves(Config))
+
+
+def build(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate a nested mapping. Raises ConfigError that names the first offending key."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            known: Iterable[str] = KEYS if "." in key else Config.model_fields
+            raise ConfigError(f"{origin}: unknown key {key!r}", remedy=nearest(key, known)) from None
+        if not key:
+            raise ConfigError(f"{origin}: {error['ctx']['error']}", remedy="Change one.") from None
+        raise ConfigError(
+            f"{origin}: {key}",
+            got=error["input"],
+            expected=error["msg"][0].lower() + error["msg"][1:],
+            remedy="See `fedsim list --keys` for every key with its default.",
+        ) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; a syntax error names the file and the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as failure:
+        raise ConfigError(f"{path} is not valid TOML: {failure}") from None
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The values of a preset that ships with fedsim."""
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        known = [p.stem for p in PRESETS.glob("*.toml")]
+        raise ConfigError("preset", got=name, remedy=nearest(name, known))
+    return read_toml(path)
+
+
+def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply `section.key=value` assignments; a value is TOML, or else a plain string."""
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        section, dot, leaf = key.strip().partition(".")
+        if not (equals and dot):
+            raise ConfigError("--set", got=text, expected="section.key=value")
+        if key.strip() not in KEYS:
+            raise ConfigError(f"--set: unknown key {key.strip()!r}", remedy=nearest(key, KEYS))
+        try:
+            parsed = tomllib.loads(f"v = {value.strip()}")["v"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        out.setdefault(section, {})[leaf] = parsed
+    return out
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every value, as nested plain types that TOML can hold (unset optional keys left out)."""
+    return config.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,132 @@
+"""Multiple-choice questions by packed prefill: no decoding, no padding, no token twice.
+
+The tokens that all prompts share are computed once a pass, then each prompt, then each choice
+beyond its prompt, as a tree of packed sequences: a choice of one token costs no row at all,
+because its probability is read off the prompt's last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.core import PackedBatch
+from fedsim.data.tokens import encode
+from fedsim.lora import Pass
+from fedsim.model import Base
+from fedsim.plan import Packer, common_prefix
+from fedsim_kernels.segments import Segments
+
+_ROWS = 256  # rows of logits at once
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its choices, as tokens; the choice's own begin at `start`."""
+
+    choices: tuple[np.ndarray, ...]
+    start: tuple[int, ...]
+    stem: int  # leading tokens that all choices share, less than each one's length
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model thinks of each choice of one question."""
+
+    logprob: np.ndarray  # (choices,) float64 sum over the choice's tokens
+    greedy: np.ndarray  # (choices,) bool: greedy decoding would write this choice
+
+
+def question(tokenizer: Any, prompt: str, choices: Sequence[str]) -> Question:
+    """Tokenise prompt + " " + choice whole, as in training, so the boundary reads the same."""
+    texts = [f"{prompt} {choice}" for choice in choices]
+    encoded = encode(tokenizer, texts, [len(prompt)] * len(texts), 1 << 30, eos=False)
+    rows = tuple(np.array(ids) for ids, _ in encoded)
+    stem = common_prefix(rows, min(len(r) for r in rows) - 1)
+    return Question(rows, tuple(s for _, s in encoded), stem)
+
+
+def _passes(questions: Sequence[Question], budget: int) -> Iterator[list[Question]]:
+    group: list[Question] = []
+    used = 0
+    for q in questions:
+        cost = q.stem + sum(len(c) - 1 - q.stem for c in q.choices)
+        if group and used + cost > budget:
+            yield group
+            group, used = [], 0
+        group.append(q)
+        used += cost
+    if group:
+        yield group
+
+
+def _pack(group: Sequence[Question], device: torch.device) -> tuple[PackedBatch, list[int]]:
+    """Pack a tree of sequences; labels are every token of every choice, in order.
+
+    Returns:
+        The batch, and the number of label tokens of each choice of each question.
+    """
+    packer = Packer()
+    stems = [q.choices[0][: q.stem] for q in group]
+    limit = min(min(*(s - 1 for s in q.start), q.stem - 1) for q in group)
+    root = common_prefix(stems, limit) if len(group) > 1 else 0
+    parent = -1
+    if root:
+        packer.sequence(stems[0][:root], 0, 0)
+        parent = packer.last
+    counts = []
+    for q, stem in zip(group, stems, strict=True):
+        first = packer.sequence(stem[root:], 0, 0, root, parent)
+        stem_sequence = packer.last
+        for ids, start in zip(q.choices, q.start, strict=True):
+            shared = min(len(ids), q.stem + 1)  # labels up to here are predicted by stem rows
+            packer.labels(first + start - 1 - root, ids[start:shared], 0, 0.0)
+            if len(ids) > q.stem + 1:
+                row = packer.sequence(ids[q.stem : -1], 0, 0, q.stem, stem_sequence)
+                packer.labels(row + max(0, start - 1 - q.stem), ids[max(start, shared) :], 0, 0.0)
+            counts.append(len(ids) - start)
+    return packer.finish(device), counts
+
+
+@torch.no_grad()
+def answer(
+    base: Base, row: Tensor, scale: float, questions: Sequence[Question], budget: int
+) -> list[Answer]:
+    """Log-probability and greedy agreement of every choice under one adapter.
+
+    Args:
+        row: (P,) fp32.
+        budget: packed tokens of one pass.
+    """
+    factors = base.layout.factors(row.to(base.device)[None])
+    out: list[Answer] = []
+    for group in _passes(questions, budget):
+        batch, counts = _pack(group, base.device)
+        segments = Segments.build(batch.lengths, batch.slot, batch.parent)
+        work = Pass(segments, factors, None, (scale,), base.anchor)
+        hidden = base.hidden(batch.input_ids, batch.position_ids, work)
+        rows, where = torch.unique(batch.label_rows, return_inverse=True)
+        logprob = torch.empty(len(where), dtype=torch.float32, device=base.device)
+        top = torch.empty_like(rows)
+        for first in range(0, len(rows), _ROWS):
+            z = base.logits(hidden.index_select(0, rows[first : first + _ROWS]))
+            top[first : first + _ROWS] = z.argmax(-1)
+            mine = (where >= first) & (where < first + _ROWS)
+            target = batch.targets[mine]
+            at = where[mine] - first
+            logprob[mine] = z[at, target] - torch.logsumexp(z, -1)[at]
+        greedy = (top[where] == batch.targets).cpu().numpy()
+        values = logprob.double().cpu().numpy()
+        ends = np.cumsum(counts)
+        sums = [(values[e - c : e].sum(), greedy[e - c : e].all())
+                for c, e in zip(counts, ends, strict=True)]  # fmt: skip
+        for q in group:
+            mine_now, sums = sums[: len(q.choices)], sums[len(q.choices) :]
+            lp, hit = zip(*mine_now, strict=True)
+            out.append(Answer(np.array(lp), np.array(hit)))
+    return out

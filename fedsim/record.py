@@ -1,0 +1,150 @@
+"""What a run leaves on disk while it goes on: figures of rounds and clients."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
+
+MIB = 1 << 20
+FLOWERTUNE_BUDGET_MIB = 200_000  # flowertune.md 1.4: both directions, all rounds
+_PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
+             "bitsandbytes", "deepspeed", "triton", "vllm")  # fmt: skip
+OPERATIONS = ("grouped_lora", "packed_attention", "linear_xent", "adamw", "reduce")
+
+
+def transfer_mib(numbers: int) -> float:
+    """MiB of one adapter one way: fp32 arrays only, as FlowerTune's tracker counts."""
+    return numbers * 4 / MIB
+
+
+def total_mib(numbers: int, clients: int, rounds: int) -> float:
+    """MiB of a whole run: down and up, every sampled client, every round."""
+    return 2 * clients * rounds * transfer_mib(numbers)
+
+
+@dataclass
+class Meter:
+    """Counts work as it is done. The display reads it from its own thread; nothing waits for it."""
+
+    round: int = 0
+    rounds: int = 0
+    phase: str = "loading"
+    clients: int = 0
+    tokens: int = 0  # of the whole run
+    steps: int = 0
+    steps_total: int = 0
+    train_seconds: float = 0.0
+    device: torch.device = torch.device("cpu")
+    _loss: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def step(self, clients: int, tokens: int, losses: Tensor) -> None:
+        """One optimiser step of `clients` clients is queued; losses (k,) stay on the device."""
+        self.clients = clients
+        self.tokens += tokens
+        self.steps += 1
+        self._loss = losses
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the last step; reading it waits for the device, so the loop never does."""
+        if self._loss is None:
+            return None
+        finite = self._loss[torch.isfinite(self._loss)]
+        return float(finite.mean()) if len(finite) else None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a phase to this round's account."""
+        self.phase = phase
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+            if phase == "train":
+                self.train_seconds += spent
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory: of the device on CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result may depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Machine, device, threads and versions, for environment.json."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def client_lines(plan: RoundPlan, seen: list[ClientUpdates]) -> list[dict[str, Any]]:
+    """One line for each client visit of a round, in the plan's order."""
+    lines = []
+    for block in seen:
+        for i, index in enumerate(block.index):
+            lines.append({
+                "round": plan.round, "client": int(plan.client_ids[index]),
+                "weight": float(plan.weights[index]), "rank": int(plan.rank[index]),
+                "steps": int(plan.steps[index]), "lr": float(plan.lr[index]),
+                "tokens": int(block.tokens[i]), "loss_first": _number(block.loss_first[i]),
+                "loss_last": _number(block.loss_last[i]), "ok": bool(block.ok[i]),
+            })  # fmt: skip
+    return lines
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: a loss that is not finite is null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def round_line(
+    plan: RoundPlan, clients: list[dict[str, Any]], layout: AdapterLayout, meter: Meter
+) -> dict[str, Any]:
+    """The line of a round: losses over its healthy clients, traffic, seconds, memory."""
+    ok = [c for c in clients if c["ok"]]
+    mib = sum(transfer_mib(layout.numel(c["rank"])) for c in clients)
+    total = 2 * mib * plan.round
+    return {
+        "round": plan.round, "clients": len(clients), "failed": len(clients) - len(ok),
+        "lr": float(plan.lr[0]), "tokens": sum(c["tokens"] for c in clients),
+        "loss_first": sum(c["loss_first"] for c in ok) / len(ok),
+        "loss_last": sum(c["loss_last"] for c in ok) / len(ok),
+        "down_mib": mib, "up_mib": mib, "total_mib": total,
+        "over_budget": total > FLOWERTUNE_BUDGET_MIB,
+        "seconds": {phase: round(s, 3) for phase, s in meter.seconds.items()},
+        "peak_memory_mib": round(peak_memory_mib(meter.device), 1),
+    }  # fmt: skip

