@@ -62,7 +62,8 @@ class AdapterBank:
         max_norm: float,
     ) -> Tensor:
         """One AdamW step of the active slots; returns their gradient norms (K,)."""
-        return adamw_ref(
+        norms: Tensor = adamw_ref(
             self.rows, self.grads, self._m, self._v, lr=lr, step=step, active=active,
             betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm,
         )  # fmt: skip
+        return norms

@@ -146,7 +146,9 @@ def build(values: Mapping[str, Any], origin: str) -> Config:
         key = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
             known: Iterable[str] = KEYS if "." in key else Config.model_fields
-            raise ConfigError(f"{origin}: unknown key {key!r}", remedy=nearest(key, known)) from None
+            raise ConfigError(
+                f"{origin}: unknown key {key!r}", remedy=nearest(key, known)
+            ) from None
         if not key:
             raise ConfigError(f"{origin}: {error['ctx']['error']}", remedy="Change one.") from None
         raise ConfigError(

@@ -64,7 +64,8 @@ class AdapterLayout:
 
     def view(self, matrix: Tensor, piece: Piece) -> Tensor:
         """One piece of every row: (K, P) -> strided view (K, *shape), no copy."""
-        return matrix[:, piece.offset : piece.offset + piece.size].unflatten(1, piece.shape)
+        span = matrix[:, piece.offset : piece.offset + piece.size]
+        return span.view(len(matrix), *piece.shape)
 
     def factors(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """module -> views (A (K, R, I), B (K, O, R)) of a (K, P) matrix."""

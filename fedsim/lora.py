@@ -57,9 +57,7 @@ class Pass:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, module: MultiLoraLinear, work: Pass
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, module: MultiLoraLinear, work: Pass) -> Tensor:
         a, b = work.factors[module.name]
         y = F.linear(x, module.weight, module.bias)
         mask = work.dropout.mask(x.shape[1], module.number) if work.dropout else None
@@ -111,5 +109,7 @@ class MultiLoraLinear(nn.Module):
             y = F.linear(x[0], self.weight, self.bias)
             grouped_lora_ref(y, x[0], *work.factors[self.name], work.scale, work.segments)
             return y[None]
-        out: Tensor = _LoraLinear.apply(x[0], work.anchor, self, work)
+        out: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x[0], work.anchor, self, work
+        )
         return out[None]

@@ -81,7 +81,7 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     Raises:
         ModelError: a target matches nothing, or something that is not a linear.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]
     linears = {n: m for n, m in model.named_modules()
                if isinstance(m, nn.Linear) and m is not head}  # fmt: skip
     if targets == ("all-linear",):
@@ -134,7 +134,7 @@ def _round_trip(model: nn.Module, kind: str, double: bool) -> None:
     """
     import bitsandbytes.functional as bnb
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             w = module.weight.data
@@ -221,16 +221,18 @@ class Base:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(L, D) -> (L, V) fp32, after the model's own scaling and soft-cap."""
-        return head_logits(hidden, self.head, divide=self.divide, softcap=self.softcap)
+        out: Tensor = head_logits(hidden, self.head, divide=self.divide, softcap=self.softcap)
+        return out
 
     def loss(
         self, hidden: Tensor, targets: Tensor, slot: Tensor, weight: Tensor, slots: int
     ) -> Tensor:
         """(K,) weighted token loss of every slot."""
-        return linear_xent_ref(
+        out: Tensor = linear_xent_ref(
             hidden, self.head, targets, slot, weight, slots,
             divide=self.divide, softcap=self.softcap,
         )  # fmt: skip
+        return out
 
 
 def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:

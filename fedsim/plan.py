@@ -65,7 +65,8 @@ def step_examples(
     order = seeds.permutation(
         key, seeds.Purpose.ORDER, len(owned), client=client, round=visit, step=epoch
     )
-    return owned[order[batch * config.train.batch :][: config.train.batch]]
+    picked: np.ndarray = owned[order[batch * config.train.batch :][: config.train.batch]]
+    return picked
 
 
 def common_prefix(rows: Sequence[np.ndarray], limit: int) -> int:

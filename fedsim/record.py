@@ -20,8 +20,9 @@ from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 
 MIB = 1 << 20
 FLOWERTUNE_BUDGET_MIB = 200_000  # flowertune.md 1.4: both directions, all rounds
-_PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
+PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
              "bitsandbytes", "deepspeed", "triton", "vllm")  # fmt: skip
+IMPLEMENTATION = "reference (PyTorch)"
 OPERATIONS = ("grouped_lora", "packed_attention", "linear_xent", "adamw", "reduce")
 
 
@@ -39,23 +40,31 @@ def total_mib(numbers: int, clients: int, rounds: int) -> float:
 class Meter:
     """Counts work as it is done. The display reads it from its own thread; nothing waits for it."""
 
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    phase: str = "loading"
     round: int = 0
     rounds: int = 0
-    phase: str = "loading"
-    clients: int = 0
-    tokens: int = 0  # of the whole run
-    steps: int = 0
+    clients: int = 0  # that share the pass
+    steps: int = 0  # done, of the round
     steps_total: int = 0
-    train_seconds: float = 0.0
-    device: torch.device = torch.device("cpu")
+    steps_done: int = 0  # of this process's rounds
+    evaluations: int = 0  # done
+    evaluations_total: int = 0
+    tokens: int = 0  # trained, of the whole run
+    totals: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the whole run
+    seconds: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the round
+    lines: list[dict[str, Any]] = field(default_factory=list)  # finished rounds
+    _began: float = 0.0
+    _trained: float = 0.0  # seconds of training up to the last step
     _loss: Tensor | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def step(self, clients: int, tokens: int, losses: Tensor) -> None:
         """One optimiser step of `clients` clients is queued; losses (k,) stay on the device."""
         self.clients = clients
         self.tokens += tokens
         self.steps += 1
+        self.steps_done += 1
+        self._trained = self.totals.get("train", 0.0) + time.perf_counter() - self._began
         self._loss = losses
 
     @property
@@ -66,18 +75,38 @@ class Meter:
         finite = self._loss[torch.isfinite(self._loss)]
         return float(finite.mean()) if len(finite) else None
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens of training sequences over the seconds spent training."""
+        return self.tokens / max(self._trained, 1e-9)
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds to go, from the mean step and the mean evaluation so far."""
+        if not self.steps_done:
+            return None
+        left = self.rounds * self.steps_total - self.steps_done
+        each = self.totals.get("evaluate", 0.0) / max(self.evaluations, 1)
+        total = self._trained / self.steps_done * left
+        total += each * (self.evaluations_total - self.evaluations)
+        since = (
+            time.perf_counter()
+            - self._began
+            - (self._trained - self.totals.get("train", 0.0) if self.phase == "train" else 0.0)
+        )
+        return max(total - since, 0.0)
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds of a phase to this round's account."""
-        self.phase = phase
-        began = time.perf_counter()
+        """Add the seconds of a phase to the round's and the run's account."""
+        self.phase, self._began = phase, time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - began
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-            if phase == "train":
-                self.train_seconds += spent
+            spent = time.perf_counter() - self._began
+            self.phase = "working"
+            for account in (self.seconds, self.totals):
+                account[phase] = account.get(phase, 0.0) + spent
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -91,7 +120,7 @@ def peak_memory_mib(device: torch.device) -> float:
 def versions() -> dict[str, str]:
     """Installed versions of what a result may depend on."""
     found = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

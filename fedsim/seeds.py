@@ -88,13 +88,12 @@ def words(
     step: int = 0,
     sequence: int = 0,
     module: int = 0,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The first `count` words of one stream: (count,) int64 in [0, 2^32)."""
     check_limits(client=client, round=round, step=step, sequence=sequence)
-    c0 = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
+    c0 = torch.arange((count + 3) // 4, dtype=torch.int64)
     rest = [sequence << 16 | module, round << 16 | step, int(purpose) << 28 | client]
-    c1, c2, c3 = (torch.tensor(c, dtype=torch.int64, device=device) for c in rest)
+    c1, c2, c3 = (torch.tensor(c, dtype=torch.int64) for c in rest)
     return torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(-1)[:count]
 
 
@@ -106,7 +105,8 @@ def uniform(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
 def permutation(key: int, purpose: Purpose, count: int, **where: int) -> np.ndarray:
     """A permutation of range(count): order of the 64-bit words, ties by index; int64 (count,)."""
     w = words(key, purpose, 2 * count, **where).numpy().reshape(count, 2)
-    return np.lexsort((w[:, 1], w[:, 0]))
+    order: np.ndarray = np.lexsort((w[:, 1], w[:, 0]))
+    return order
 
 
 def keep_mask(

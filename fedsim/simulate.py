@@ -33,9 +33,6 @@ def run(
     world = load_world(config, key)
     strategy, reduce = strategies.load(config.server.strategy), Reduce()
     trainer = Trainer(world.base, world.store, world.population, config, key)
-    rounds = config.server.rounds
-    meter.rounds = rounds
-
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
     if saved:
@@ -47,6 +44,10 @@ def run(
         scores += score(folder, world, config, server, meter)
         commit(folder, server, scores)
 
+    rounds, every = config.server.rounds, config.evaluate.every
+    meter.rounds, meter.device = rounds - server.round, world.base.device
+    due = {r for r in range(server.round + 1, rounds) if every and r % every == 0} | {rounds}
+    meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
         meter.round, meter.seconds = round, {}
         with meter.timed("train"):
@@ -56,15 +57,16 @@ def run(
             seen: list[ClientUpdates] = []
             updates = (keep(seen, u) for u in trainer.train(plan, rule, meter))
             server = strategy.aggregate(server, plan, updates, reduce)
-        due = config.evaluate.every and round % config.evaluate.every == 0
-        if due or round == rounds:
+        if round in due:
             scores += score(folder, world, config, server, meter)
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
         clients = client_lines(plan, seen)
         folder.append("clients.jsonl", clients)
-        folder.append("rounds.jsonl", [round_line(plan, clients, world.base.layout, meter)])
+        line = round_line(plan, clients, world.base.layout, meter)
+        folder.append("rounds.jsonl", [line])
         commit(folder, server, scores)
+        meter.lines.append(line)
     return folder.path
 
 
@@ -90,6 +92,7 @@ def score(
         scores, records = evaluate.evaluate(
             world.base, world.tests, server.row, config, server.round
         )
+    meter.evaluations += 1
     for task, lines in records.items():
         folder.append(f"eval/{task}.jsonl", lines)
     return [s.record() for s in scores]

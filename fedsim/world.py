@@ -29,16 +29,10 @@ def load_world(config: Config, key: int) -> World:
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
     rows = sources.load(config.data, domain, dataset, domain.columns)
-    examples = rows.rows[: config.data.limit]
     found = weights.find(config.model.name, config.model.revision)
     tokenizer = weights.tokenizer(found)
-    pairs = [domain.pair(row) for row in examples]
-    store = tokens.build(
-        pairs, tokenizer, protocol=config.run.protocol, max_length=config.data.max_length,
-        digest=f"{rows.digest}/{domain.name}/{len(pairs)}",
-    )  # fmt: skip
-    shuffle = 42 if config.run.protocol == "flowertune" else config.run.seed
-    population = partition.iid(len(store), config.clients.number, shuffle)
+    store = tokens.training_store(rows, domain, tokenizer, config)
+    population = partition.build(config, len(store))
     tests = evaluate.suite(config, domain, tokenizer, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
@@ -59,5 +53,5 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "train": world.origin, "examples": len(world.store),
             "unlabelled": world.store.unlabelled, "sha256": world.digests,
         },
-        "operations": dict.fromkeys(record.OPERATIONS, "reference (PyTorch)"),
+        "operations": dict.fromkeys(record.OPERATIONS, record.IMPLEMENTATION),
     }  # fmt: skip

@@ -42,7 +42,7 @@ def adamw_ref(
     Returns:
         (K,) fp32 gradient norms before clipping.
     """
-    norm = torch.linalg.vector_norm(grad, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=1)
     take = (active & torch.isfinite(norm))[:, None]
     grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0)[:, None])
     b1, b2 = betas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.config import Config
 from fedsim.core import Population
 from fedsim.errors import ConfigError
 
@@ -26,3 +27,9 @@ def iid(examples: int, clients: int, seed: int) -> Population:
     sizes = np.full(clients, base, dtype=np.int64)
     sizes[:extra] += 1
     return Population(np.concatenate([[0], np.cumsum(sizes)]), order)
+
+
+def build(config: Config, examples: int) -> Population:
+    """The configured partition; `flowertune` always shuffles with seed 42."""
+    seed = 42 if config.run.protocol == "flowertune" else config.run.seed
+    return iid(examples, config.clients.number, seed)

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.domains import PROMPT, RESPONSE_MARK
+from fedsim.config import Config
+from fedsim.data.sources import Rows
+from fedsim.domains import PROMPT, RESPONSE_MARK, Domain
 from fedsim.errors import DataError
 
 _FORMAT = "1"  # raise when the meaning of the stored arrays changes
@@ -75,9 +77,7 @@ def encode(
     """
     batch = tokenizer(list(texts), return_offsets_mapping=True)
     out = []
-    for ids, spans, start in zip(
-        batch["input_ids"], batch["offset_mapping"], starts, strict=True
-    ):
+    for ids, spans, start in zip(batch["input_ids"], batch["offset_mapping"], starts, strict=True):
         first = next((i for i, (a, b) in enumerate(spans) if b > start and b > a), len(ids))
         if eos:
             ids = [*ids, tokenizer.eos_token_id]
@@ -154,3 +154,12 @@ def build(
             remedy="Raise data.max_length.",
         )
     return store
+
+
+def training_store(rows: Rows, domain: Domain, tokenizer: Any, config: Config) -> TokenStore:
+    """The store of a run's training rows."""
+    pairs = [domain.pair(row) for row in rows.rows[: config.data.limit]]
+    return build(
+        pairs, tokenizer, protocol=config.run.protocol, max_length=config.data.max_length,
+        digest=f"{rows.digest}/{domain.name}/{len(pairs)}",
+    )  # fmt: skip

@@ -84,7 +84,7 @@ def evaluate(
             )  # fmt: skip
         records[task] = lines
         for metric in METRICS:
-            value, stderr = proportion([line[metric] for line in lines])
+            value, stderr = proportion([bool(line[metric]) for line in lines])
             scores.append(
                 Score(
                     round=round, domain=tests.domain, task=task, metric=metric, value=value,

@@ -1,0 +1,204 @@
+"""fedsim run | plan | list | doctor."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsim import config as configuration
+from fedsim.config import Config
+from fedsim.errors import ConfigError, FedSimError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Federated fine-tuning of language models on one machine, many clients in one pass.",
+)  # fmt: skip
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Source = Annotated[
+    Path | None,
+    typer.Argument(help="A TOML file, a FlowerTune app's folder, or a run's folder to resume."),
+]
+Preset = Annotated[str | None, typer.Option(help="Start from a preset: see `fedsim list`.")]
+DomainName = Annotated[str | None, typer.Option("--domain", help="Same as data.domain.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Read data from this directory instead of the hub.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; repeatable."),
+]
+
+
+def configure(
+    source: Path | None, preset: str | None, domain: str | None, data_dir: Path | None,
+    assignments: list[str],
+) -> tuple[Config, tuple[str, ...]]:  # fmt: skip
+    """The configuration of a command line, and the files of an app that are not executed."""
+    from fedsim import domains, flowertune
+
+    values: dict[str, Any] = configuration.preset(preset) if preset else {}
+    ignored: tuple[str, ...] = ()
+    origin = preset or "defaults"
+    if source is not None:
+        origin = str(source)
+        if not source.exists():
+            raise ConfigError("configuration", got=origin, expected="an existing file or folder")
+        if source.is_file():
+            read = configuration.read_toml(source)
+        elif (source / "config.toml").is_file():
+            read = configuration.read_toml(source / "config.toml")
+            place = {"out": str(source.parent), "name": source.name}
+            read["run"] = read.get("run", {}) | place
+        elif flowertune.is_app(source):
+            chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
+            read_app = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
+            read, ignored = read_app.values, read_app.ignored
+        else:
+            raise ConfigError(
+                "configuration", got=origin,
+                expected="a TOML file, a FlowerTune app's folder or a run's folder",
+            )  # fmt: skip
+        for section, keys in read.items():
+            known = values.get(section, {})
+            values[section] = known | keys if isinstance(keys, dict) else keys
+    extra = [f"data.domain='{domain}'"] if domain else []
+    if data_dir is not None:
+        extra += ["data.source='directory'", f"data.dir='{data_dir}'"]
+    values = configuration.override(values, [*extra, *assignments])
+    data = values.get("data", {})
+    name = data.get("domain", configuration.Data().domain)
+    values.setdefault("run", {}).setdefault("name", name.rpartition(".")[2])
+    values.setdefault("clients", {}).setdefault("number", domains.load(name).clients)
+    return configuration.build(values, origin), ignored
+
+
+@app.command()
+def run(
+    source: Source = None,
+    preset: Preset = None,
+    domain: DomainName = None,
+    data_dir: DataDir = None,
+    assignments: Set = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
+) -> None:
+    """Simulate federated fine-tuning, evaluating before and after."""
+    config, ignored = configure(source, preset, domain, data_dir, assignments or [])
+    if ignored:
+        out.print(f"[yellow]Not executed:[/yellow] {', '.join(ignored)}")
+    _quiet()
+    from fedsim import display, report, simulate
+    from fedsim.record import Meter
+
+    c = config
+    out.print(
+        f"[bold]{c.run.name}[/bold]  {c.data.domain} · {c.model.name} · {c.server.strategy} · "
+        f"{c.per_round} of {c.clients.number} clients a round · {c.server.rounds} rounds · "
+        f"data: {c.data.source}"
+    )
+    meter = Meter()
+    with display.Display(out, meter):
+        folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter)
+    changes = report.changes(folder)
+    report.write(folder)
+    if changes:
+        out.print(display.table(changes))
+        out.print("[dim]likelihood: the right choice is the most probable; "
+                  "exact: greedy decoding begins with it[/dim]")  # fmt: skip
+        if config.data.source == "embedded":
+            out.print("[dim]embedded data: not a leaderboard score[/dim]")
+    out.print(display.places(folder))
+
+
+@app.command()
+def plan(
+    source: Source = None,
+    preset: Preset = None,
+    domain: DomainName = None,
+    data_dir: DataDir = None,
+    assignments: Set = None,
+) -> None:
+    """Say what a run will cost before it runs; no weights are loaded."""
+    config, _ = configure(source, preset, domain, data_dir, assignments or [])
+    _quiet()
+    from fedsim import cost
+
+    estimate = cost.estimate(config)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in estimate.lines():
+        table.add_row(f"[dim]{name}[/dim]", value)
+    out.print(table)
+    if estimate.over_budget:
+        out.print(f"[red]{estimate.over_budget}[/red]")
+
+
+@app.command("list")
+def list_(
+    keys: Annotated[bool, typer.Option(help="Every configuration key with its default.")] = False,
+) -> None:
+    """Presets, domains, strategies and model aliases; or every configuration key."""
+    from fedsim import domains, strategies, weights
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    if keys:
+        defaults = Config().model_dump()
+        for key in configuration.KEYS:
+            section, _, leaf = key.partition(".")
+            model = Config.model_fields[section].annotation
+            about = getattr(model, "model_fields", {})[leaf].description or ""
+            table.add_row(key, repr(defaults[section][leaf]), f"[dim]{about}[/dim]")
+    else:
+        presets = sorted(p.stem for p in configuration.PRESETS.glob("*.toml"))
+        rows = {"presets": presets, "domains": domains.known(), "strategies": strategies.known(),
+                "model aliases": list(weights.ALIASES)}  # fmt: skip
+        for name, values in rows.items():
+            table.add_row(f"[dim]{name}[/dim]", ", ".join(values))
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which device will be used, and which implementation of each operation."""
+    _quiet()
+    from fedsim import doctor as check
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in check.findings():
+        table.add_row(f"[dim]{name}[/dim]", value)
+    out.print(table)
+
+
+def _quiet() -> None:
+    """Keep libraries' progress bars and advice out of a display that is ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: a FedSimError is one paragraph on stderr and exit code 1."""
+    try:
+        app()
+    except FedSimError as error:
+        err.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("\nstopped; go on with --resume")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedsim.record import FLOWERTUNE_BUDGET_MIB, Meter
+from fedsim.report import Change
+
+_REFRESH = 0.25  # seconds
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss."""
+    whole = math.ceil(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+class _Figures(ProgressColumn):
+    """Loss, speed and remaining time, read from the meter when the line is drawn."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:
+        m = self._meter
+        parts = []
+        if m.clients:
+            parts.append(f"{m.clients} clients in one pass")
+        if m.loss is not None:
+            parts.append(f"loss {m.loss:.3f}")
+        if m.tokens:
+            parts.append(f"{m.tokens_per_second:,.0f} tokens/s")
+        if m.remaining is not None:
+            parts.append(f"{clock(m.remaining)} left")
+        return Text(" · ".join(parts), style="cyan")
+
+
+class Display:
+    """A live line on a terminal; elsewhere one line a round. Reads the meter, never the loop."""
+
+    def __init__(self, console: Console, meter: Meter) -> None:
+        self._console, self._meter = console, meter
+        self._live = console.is_terminal
+        self._stop = threading.Event()
+        self._printed = 0
+        self._evaluations = 0
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold"), BarColumn(bar_width=20),
+            _Figures(meter), console=console, refresh_per_second=4, transient=True,
+            disable=not self._live,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Display:
+        self._task = self._progress.add_task("loading", total=None)
+        self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._stop.set()
+        self._thread.join()
+        self._draw()
+        self._progress.stop()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_REFRESH):
+            self._draw()
+
+    def _draw(self) -> None:
+        m = self._meter
+        what = {"train": f"round {m.round}, training", "evaluate": f"round {m.round}, evaluating"}
+        total = m.steps_total or None
+        self._progress.update(
+            self._task, description=what.get(m.phase, m.phase),
+            total=total if m.phase == "train" else None, completed=m.steps,
+        )  # fmt: skip
+        if m.evaluations and not self._evaluations:
+            self._evaluations = 1
+            self._progress.console.print(f"[dim]evaluated in {m.totals['evaluate']:.1f} s[/dim]")
+        for line in m.lines[self._printed :]:
+            self._printed += 1
+            seconds = line["seconds"]["train"]
+            text = (
+                f"round {line['round']:>3}  {line['clients']} clients  "
+                f"loss {line['loss_first']:.3f} → {line['loss_last']:.3f}  "
+                f"{line['tokens'] / seconds:,.0f} tokens/s  "
+                f"{line['total_mib']:,.0f} MiB sent so far"
+            )
+            failed = f"  [red]{line['failed']} failed[/red]" if line["failed"] else ""
+            over = "  [red]over FlowerTune's budget[/red]" if line["over_budget"] else ""
+            self._progress.console.print(text + failed + over, highlight=False)
+
+
+def table(changes: list[Change]) -> Table:
+    """Before -> after with paired intervals."""
+    out = Table(box=box.SIMPLE_HEAD, title="accuracy, %", title_style="bold", title_justify="left")
+    for name in ("task", "metric"):
+        out.add_column(name)
+    for name in ("n", "before", "after", "change", "95 % interval"):
+        out.add_column(name, justify="right")
+    for c in changes:
+        style = "green" if c.low > 0 else "red" if c.high < 0 else ""
+        out.add_row(
+            c.task, c.metric, str(c.n), f"{100 * c.before:.1f}", f"{100 * c.after:.1f}",
+            Text(f"{100 * c.change:+.1f}", style=style),
+            f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
+        )  # fmt: skip
+    return out
+
+
+def places(folder: Path) -> Table:
+    """Where everything lies."""
+    out = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    adapters = sorted((folder / "adapters").glob("round_*"))
+    rows = [
+        ("report", folder / "report.html"),
+        ("adapter", adapters[-1] if adapters else folder / "adapters"),
+        ("scores", folder / "scores.json"),
+        ("every answer", folder / "eval"),
+        ("rounds, clients", folder / "rounds.jsonl"),
+        ("configuration", folder / "config.toml"),
+    ]
+    for name, path in rows:
+        out.add_row(Text(name, style="dim"), Text(str(path), overflow="fold"))
+    return out
+
+
+def over_budget(mib: float) -> str:
+    """The flag of a run that sends more than FlowerTune allows, or nothing."""
+    if mib <= FLOWERTUNE_BUDGET_MIB:
+        return ""
+    return f"over FlowerTune's budget of {FLOWERTUNE_BUDGET_MIB:,} MiB"

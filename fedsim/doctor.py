@@ -1,0 +1,34 @@
+"""What is installed and what will run."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsim import record, weights
+from fedsim.config import Config
+from fedsim.core import pick_device
+from fedsim.model import compute_dtype
+
+
+def findings() -> list[tuple[str, str]]:
+    """(what, what was found), for people."""
+    device = pick_device("auto")
+    around = record.surroundings(device)
+    rows = [
+        ("python", around["python"]),
+        ("system", around["system"]),
+        ("device", f"{around['device']} ({around['cpu_capability']}, {around['threads']} threads)"),
+        ("bf16 in hardware", _yes(compute_dtype(Config(), device) == torch.bfloat16)),
+    ]
+    installed = around["versions"]
+    for package in record.PACKAGES:
+        rows.append((package, installed.get(package, "not installed")))
+    for operation in record.OPERATIONS:
+        rows.append((f"operation {operation}", record.IMPLEMENTATION))
+    for alias in weights.ALIASES:
+        rows.append((f"model {alias}", weights.locate(alias)))
+    return rows
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

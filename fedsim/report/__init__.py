@@ -1,0 +1,122 @@
+"""What a finished run says: the table before -> after, the curves, one HTML page."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.checkpoint import write_atomic
+from fedsim.config import read_toml
+from fedsim.evaluate import METRICS, paired_difference
+from fedsim.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Change:
+    """One score before training and after it, over the same examples."""
+
+    task: str
+    metric: str
+    n: int
+    before: float
+    after: float
+    change: float
+    low: float  # of the 95 % interval of the paired change
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def changes(folder: Path) -> list[Change]:
+    """Every task and metric, round 0 against the last evaluated round."""
+    run = RunFolder(folder)
+    out = []
+    for path in sorted((folder / "eval").glob("*.jsonl")):
+        lines = run.read(f"eval/{path.name}")
+        last = max(line["round"] for line in lines)
+        for metric in METRICS:
+            before = [line[metric] for line in lines if line["round"] == 0]
+            after = [line[metric] for line in lines if line["round"] == last]
+            change, low, high = paired_difference(before, after)
+            n = len(after)
+            out.append(Change(path.stem, metric, n, sum(before) / n, sum(after) / n,
+                              change, low, high))  # fmt: skip
+    return out
+
+
+def _curve(x: list[float], series: dict[str, list[float]], label: str) -> str:
+    """A small line plot as SVG text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    with plt.rc_context({"svg.hashsalt": "fedsim", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
+        for name, y in series.items():
+            axes.plot(x, y, marker="o", markersize=3, linewidth=1.5, label=name)
+        axes.set(xlabel="round", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return out.getvalue()
+
+
+def plots(folder: Path) -> dict[str, str]:
+    """name -> SVG: loss by round, and scores by round."""
+    rounds = RunFolder(folder).read("rounds.jsonl")
+    scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
+    out = {}
+    if rounds:
+        out["loss"] = _curve(
+            [r["round"] for r in rounds],
+            {"first step": [r["loss_first"] for r in rounds],
+             "last step": [r["loss_last"] for r in rounds]},
+            "clients' mean loss",
+        )  # fmt: skip
+    if scores:
+        names = dict.fromkeys(f"{s['task']}, {s['metric']}" for s in scores)
+        out["scores"] = _curve(
+            sorted({s["round"] for s in scores}),
+            {name: [s["value"] for s in scores if f"{s['task']}, {s['metric']}" == name]
+             for name in names},
+            "accuracy",
+        )  # fmt: skip
+    return out
+
+
+def write(folder: Path) -> Path:
+    """Write plots/*.svg and report.html; returns the page."""
+    import jinja2
+
+    drawn = plots(folder)
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        write_atomic(folder / "plots" / f"{name}.svg", svg.encode())
+    rounds = RunFolder(folder).read("rounds.jsonl")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name,
+        config=read_toml(folder / "config.toml"),
+        environment=json.loads((folder / "environment.json").read_text()),
+        rounds=rounds,
+        changes=changes(folder),
+        plots={name: svg[svg.index("<svg") :] for name, svg in drawn.items()},
+        train_seconds=sum(r["seconds"].get("train", 0.0) for r in rounds),
+        tokens=sum(r["tokens"] for r in rounds),
+    )
+    write_atomic(folder / "report.html", page.encode())
+    return folder / "report.html"
