@@ -54,7 +54,8 @@ STRATEGY = ("strategy.name", "strategy.use_flexlora", "use_flexlora", "strategy.
 ONLY: dict[str, tuple[list[Any], str]] = {
     "model.quantization": ([0, 4], "only 4 bits are computed, or 0 for none"),
     "model.lora.peft_use_dora": _PLAIN, "model.lora.use_dora": _PLAIN, LORA + "use_dora": _PLAIN,
-    LORA + "bias": (["none"], "no bias is trained"),
+    LORA + "bias": (["none"], "no bias is trained"), BITS + "bnb_4bit_compute_dtype":
+    (["torch.float32"], _FLOAT32[1]),
     "train.dynamic_data_seed": ([False], "a client sees the same examples at each visit under"
                                 " protocol `flowertune`; set it to false"),
     "strategy.fraction_evaluate": ([0], "clients do not evaluate; set it to 0.0"),
@@ -71,23 +72,20 @@ HARMLESS = {
     "model.attn": "an implementation of the same attention",
     "model.trust_remote_code": "code from a hub is never executed",
     LORA + "task_type": "only causal models are loaded",
-    BITS + "load_in_4bit": "model.quantization decides", BITS + "load_in_8bit": "likewise",
+    BITS + "load_in_4bit": "model.quantization decides",
     ARGS + "learning_rate": "the app overwrites it in each round",
     ARGS + "num_train_epochs": "overridden by max-steps, which must be positive",
     ARGS + "gradient_checkpointing": "memory only; model.gradient-checkpointing decides",
     ARGS + "warmup_steps": "no part of the constant schedule",
+    **dict.fromkeys((ARGS + "output_dir", ARGS + "save_steps", ARGS + "save_total_limit"),
+                    "the trainer's own checkpoints in a visit"),
     **dict.fromkeys(("wandb", "use_wandb", "run_name", ARGS + "report_to", ARGS + "logging_steps"),
                     "logging"),
-    **dict.fromkeys((ARGS + "output_dir", ARGS + "save_steps", ARGS + "save_strategy",
-                     ARGS + "save_total_limit"), "the trainer's own checkpoints in a visit"),
 }  # fmt: skip
 # Arguments that the templates pass to FedAvg, and methods that they watch.
 PASSED = {"fraction_fit", "fraction_train", "fraction_evaluate", "on_fit_config_fn", "evaluate_fn",
           "fit_metrics_aggregation_fn", "initial_parameters"}  # fmt: skip
 WATCHED = {"__init__", "configure_fit", "aggregate_fit", "configure_train", "aggregate_train"}
-# What peft and transformers take where the code says nothing.
-DEFAULTS = {"LoraConfig": {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ()},
-            "BitsAndBytesConfig": {"bnb_4bit_quant_type": "fp4"}, "reformat": {}}  # fmt: skip
 # Earlier ids of the sets that the official apps now take from `flwrlabs`.
 OLDER = {
     "vicgalle/alpaca-gpt4": "flwrlabs/alpaca-gpt4",
@@ -110,16 +108,15 @@ class App:
 
 
 def _convert(target: str, value: Any) -> Any:
-    if target in ("train.steps", "server.fraction", "train.clip_norm") and not (
-        isinstance(value, int | float) and value > 0
-    ):
+    if target in ("train.steps", "server.fraction", "train.clip_norm") and value <= 0:
         raise ValueError("expected a number above 0")  # -1 steps are epochs; 0 switches off
     if target == "task":
         return str(value).replace("-", "")
     if target == "adapter.targets":
         if value == "all":  # in the code of those who have it: every linear of a Llama
             value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-        return tuple(sorted(map(str.strip, value.split(",") if isinstance(value, str) else value)))
+        names = value.split(",") if isinstance(value, str) else value or ()
+        return tuple(sorted(name.strip() for name in names if name.strip()))
     return value
 
 
@@ -172,7 +169,7 @@ class _Reader:
         elif key in RENAMED:
             try:
                 value = _convert(RENAMED[key], value)
-            except ValueError as why:
+            except (TypeError, ValueError) as why:
                 self.problem(where, why)
             old, origin = self.found.setdefault(RENAMED[key], (value, where))
             if old != value:
@@ -185,32 +182,146 @@ class _Reader:
 
     def calls(self, name: str) -> list[tuple[str, ast.Module, ast.Call, str]]:
         """Calls whose name matches an expression: (file, its syntax, call, full name)."""
-        calls = [
-            (f, t, n, ast.unparse(n.func)) for f, t, n in self.nodes if isinstance(n, ast.Call)
-        ]
-        return [found for found in calls if re.fullmatch(rf"(.*\\.)?{name}", found[3])]
+        return [(f, tree, n, ast.unparse(n.func)) for f, tree, n in self.nodes
+                if isinstance(n, ast.Call)
+                and re.fullmatch(rf"(.*\.)?{name}", ast.unparse(n.func))]  # fmt: skip
 
-    def arguments(self, callee: str) -> bool:
+    def arguments(self, callee: str, defaults: Mapping[str, Any]) -> bool:
         """Take the arguments of every call of `callee`. False: there is no call."""
         for file, tree, call, _ in self.calls(callee):
             written = {f"{k.arg}": k.value for k in call.keywords}
-            for name in sorted({*DEFAULTS[callee], *written}):
+            if "load_in_8bit" in written:
+                continue  # a branch for another value of model.quantization
+            for name in sorted({*defaults, *written}):
                 key, where = f"{callee}.{name}", f"{file}: {callee}({name})"
                 if name not in written:
-                    self.take(key, DEFAULTS[callee][name], where)
+                    self.take(key, defaults[name], where)
                 elif key not in HARMLESS:
                     self.argument(key, written[name], tree, where)
         return bool(self.calls(callee))
 
     def argument(self, key: str, node: ast.expr, tree: ast.Module, where: str) -> None:
         """A literal, or else something that one of the app's keys for the same thing decides."""
+        text = ast.unparse(node)
         with suppress(ValueError, TypeError):
-            return self.take(key, ast.literal_eval(node), where)
-        text = ast.unparse(tree if isinstance(node, ast.Name) else node)
-        keys = [k for k in self.given if RENAMED.get(k) == RENAMED.get(key)]
+            return self.take(key, text if "_dtype" in key else ast.literal_eval(node), where)
         plain = (ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.expr_context)
-        if not all(isinstance(part, plain) for part in ast.walk(node)) or not any(
-            key.rpartition(".")[2] in text for key in keys
-        ):
-            self.problem(f"{where} = {ast.unparse(node)}", "computed by code, which is not executed;"
-                         " write the value")  # fmt: skip
+        scope = ast.unparse(tree) if isinstance(node, ast.Name) else text
+        keys = [k for k in self.given if RENAMED.get(k) == RENAMED.get(key)]
+        decided = any(k.rpartition(".")[2] in scope for k in keys)
+        if not decided or not all(isinstance(part, plain) for part in ast.walk(node)):
+            self.problem(
+                f"{where} = {text}", "the code that computes it is not executed; write a value"
+            )
+
+    def model(self) -> None:
+        """What every app must say; LoRA and 4-bit arguments."""
+        for key in REQUIRED:
+            if key not in self.given and RENAMED.get(key) not in self.found:
+                self.problem(key.replace("_", "-"), "missing; the official apps set it")
+        # What peft and transformers take where the code says nothing.
+        lora = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ()}
+        if not self.arguments("LoraConfig", lora):
+            self.problem("LoraConfig", "the app's code never calls it: an unknown adapter")
+        four = self.given.get("model.quantization") == 4
+        if four and not self.arguments("BitsAndBytesConfig", {"bnb_4bit_quant_type": "fp4"}):
+            self.problem("BitsAndBytesConfig", "the app's code never calls it: unknown 4 bits")
+
+    def data(self, supernodes: int | None) -> None:
+        """Domain, training set and clients; rows and parts as the domain has them."""
+        self.arguments("reformat", {})
+        task, asked = self.found.pop("task", ("generalnlp", "the app's prompt"))
+        wanted, where = self.found.pop("data.train", ("", ""))
+        for file, _, _, name in self.calls(r"\w*Partitioner"):
+            if not name.endswith("IidPartitioner"):
+                self.problem(f"{file}: {name}", "the clients are IID; use IidPartitioner")
+        sets = {s.hub: (d, s) for d in map(domains.load, domains.known()) for s in d.train}
+        hub = OLDER.get(str(wanted), str(wanted))
+        if hub in sets:
+            domain, chosen = sets[hub]
+            self.found["data.domain"] = domain.name, where
+            self.found["clients.number"] = supernodes or domain.clients, where
+            if chosen is not domain.train[0]:
+                self.found["data.train"] = chosen.name, where
+            if domain.name not in TASKS.get(task, []):
+                self.problem(asked, f"formats rows unlike domain {domain.name!r}; correct it"
+                             ' (flwr 1.11 and 1.12 wrote "generalnlp" into every app)')  # fmt: skip
+        elif where:
+            self.problem(where, f"in no domain; known: {', '.join(sorted([*sets, *OLDER]))}")
+
+    def is_fedavg(self, name: str) -> bool:
+        """Whether a name is the library's FedAvg, or a class that only watches it."""
+        for _, _, node in self.nodes:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                bases = [ast.unparse(base) for base in node.bases]
+                return (len(bases) == 1 and bases != [name] and self.is_fedavg(bases[0])
+                        and all(map(_passes_through, node.body)))  # fmt: skip
+        imports = [a for _, _, n in self.nodes if isinstance(n, ast.ImportFrom)
+                   and str(n.module).startswith("flwr.server") for a in n.names]  # fmt: skip
+        return name.endswith(".strategy.FedAvg") or any(
+            a.name == "FedAvg" and name == (a.asname or a.name) for a in imports
+        )
+
+    def strategy(self) -> None:
+        """The template's FedAvg, or one of several that a key of the app's chooses."""
+        rules = []
+        for file, _, call, name in self.calls(r"(?!__init__)\w+"):
+            given = {f"{k.arg}" for k in call.keywords}
+            if given & {"fraction_fit", "fraction_train"}:
+                rules.append((f"{file}: {name}", self.is_fedavg(name) and given <= PASSED))
+        chosen = self.given.keys() & STRATEGY[:3] and any(fedavg for _, fedavg in rules)
+        for where, fedavg in rules or [("the app's code", False)]:
+            if not fedavg and not chosen:
+                self.problem(where, _RULE[1])
+
+
+def is_app(path: Path) -> bool:
+    """Whether a folder holds a Flower app: its pyproject.toml has `[tool.flwr.app.config]`."""
+    file = path / "pyproject.toml"
+    tool = read_toml(file).get("tool", {}) if file.is_file() else {}
+    return "config" in tool.get("flwr", {}).get("app", {})
+
+
+def read_app(path: Path, *, strategy: str | None = None) -> App:
+    """Read an app's folder. `strategy` is the user's own choice, in place of the app's.
+
+    Raises:
+        ConfigError: the folder is no app, or asks for something that fedsim does not compute.
+    """
+    if not is_app(path):
+        raise ConfigError("app", got=str(path), expected="a folder whose pyproject.toml has"
+                          " [tool.flwr.app.config]")  # fmt: skip
+    document = read_toml(path / "pyproject.toml")
+    flwr = document["tool"]["flwr"]
+    files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob("*.py"))}
+    files = {n: f for n, f in files.items() if not re.search(r"(^|/)(\.|site-packages/)", n)}
+    # Scripts outside the app's package, such as an evaluation, do not train.
+    homes = {f.parent for f in files.values() if f.name == "server_app.py"} or {path}
+    own = {n: f.read_text(encoding="utf-8") for n, f in files.items() if homes & {*f.parents}}
+    try:
+        reader = _Reader(flwr["app"]["config"], {n: ast.parse(text, n) for n, text in own.items()})
+    except SyntaxError as failure:
+        raise ConfigError(f"{path}: the app's code is not Python: {failure}") from None
+    for key, written, value in reader.keys:
+        # A user's FedProx has a mu of its own: the app's would be lost without a word.
+        lost = key == "strategy.proximal_mu" and "prox" in (strategy or "")
+        if strategy is None or key not in STRATEGY or lost:
+            reader.take(key, value, written)
+    reader.model()
+    federations = flwr.get("federations", {})
+    default = federations.get(federations.get("default"), {})
+    reader.data(default.get("options", {}).get("num-supernodes"))
+    if strategy is None:
+        reader.strategy()
+    if reader.problems:
+        what = f"{path} asks for what fedsim cannot honour:\n  - " + "\n  - ".join(reader.problems)
+        raise ConfigError(what, remedy="Each line says how to correct it.")
+    name = re.sub(r"[^\w.-]+", "-", document.get("project", {}).get("name", "")).strip("-") or "app"
+    found: dict[str, Any] = {target: value for target, (value, _) in reader.found.items()}
+    found |= {"run.name": name, "run.protocol": "flowertune", "server.min_clients": 2,
+              "server.strategy": strategy or "fedavg", "data.source": "hub"}  # fmt: skip
+    values: dict[str, Any] = {"run": {"seed": 42}}
+    for target, value in found.items():
+        section, _, leaf = target.partition(".")
+        values.setdefault(section, {})[leaf] = value
+    return App(name, values, tuple(files))

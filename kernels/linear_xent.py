@@ -91,5 +91,7 @@ def linear_xent_ref(
     Returns:
         (K,) fp32; slots without labels get exactly 0.
     """
-    loss: Tensor = _LinearXent.apply(  # type: ignore[no-untyped-call]h, weight, targets, slot, label_weight, slots, divide, softcap)
+    loss: Tensor = _LinearXent.apply(  # type: ignore[no-untyped-call]
+        h, weight, targets, slot, label_weight, slots, divide, softcap
+    )
     return loss
