@@ -1,8 +1,8 @@
 """A FlowerTune app's folder -> fedsim's configuration.
 
 Nothing of the app is executed. Its settings come from `[tool.flwr.app.config]`; what apps write in
-code instead (arguments of LoRA and of 4-bit loading, the prompt's columns, the partitioner, the
-strategy) is read from its syntax. What cannot be honoured ends in one error that lists all of it.
+code instead (LoRA and 4-bit arguments, prompt, partitioner, strategy) is read from its syntax.
+What cannot be honoured ends in one error that lists all of it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from fedsim.errors import ConfigError
 ARGS, LORA, BITS = "train.training_arguments.", "LoraConfig.", "BitsAndBytesConfig."
 # The app's keys (`_` for `-`, without `static.`), or arguments in its code -> fedsim's keys.
 RENAMED = {
-    "model.name": "model.name", "num_server_rounds": "server.rounds", "seed": "run.seed",
-    "model.gradient_checkpointing": "train.recompute", "dataset.name": "data.train",
+    "model.name": "model.name", "model.gradient_checkpointing": "train.recompute",
     "model.lora.peft_lora_r": "adapter.rank", LORA + "r": "adapter.rank",
     "model.lora.peft_lora_alpha": "adapter.alpha", LORA + "lora_alpha": "adapter.alpha",
     "model.lora.peft_lora_dropout": "adapter.dropout", LORA + "lora_dropout": "adapter.dropout",
     **dict.fromkeys((LORA + "target_modules", "model.lora.peft_lora_target_modules",
                      "model.lora.peft_target_modules", "model.lora.modules"), "adapter.targets"),
-    BITS + "bnb_4bit_quant_type": "model.quantisation",
+    BITS + "bnb_4bit_quant_type": "model.quantisation", "num_server_rounds": "server.rounds",
     BITS + "bnb_4bit_use_double_quant": "model.double_quantisation",
-    "train.save_every_round": "server.export_every", "train.seq_length": "data.max_length",
+    "dataset.name": "data.train", "task.name": "task", "reformat.llm_task": "task",
+    "model.seq_length": "data.max_length", "train.seq_length": "data.max_length",
     "train.learning_rate_max": "train.lr_max", "train.learning_rate_min": "train.lr_min",
     ARGS + "max_steps": "train.steps", ARGS + "per_device_train_batch_size": "train.batch",
     ARGS + "weight_decay": "train.weight_decay", ARGS + "max_grad_norm": "train.clip_norm",
-    ARGS + "adam_beta1": "train.beta1", ARGS + "adam_beta2": "train.beta2",
-    ARGS + "adam_epsilon": "train.eps", "model.seq_length": "data.max_length",
+    ARGS + "adam_beta1": "train.beta1", ARGS + "adam_beta2": "train.beta2", "seed": "run.seed",
+    ARGS + "adam_epsilon": "train.eps", "train.save_every_round": "server.export_every",
     "strategy.fraction_fit": "server.fraction", "strategy.fraction_train": "server.fraction",
-    "task.name": "task", "reformat.llm_task": "task",
 }  # fmt: skip
 REQUIRED = ("model.name", "model.quantization", "train.learning_rate_max", "num_server_rounds",
             "train.learning_rate_min", "train.seq_length", ARGS + "max_steps", "dataset.name",
@@ -54,31 +53,25 @@ STRATEGY = ("strategy.name", "strategy.use_flexlora", "use_flexlora", "strategy.
 ONLY: dict[str, tuple[list[Any], str]] = {
     "model.quantization": ([0, 4], "only 4 bits are computed, or 0 for none"),
     "model.lora.peft_use_dora": _PLAIN, "model.lora.use_dora": _PLAIN, LORA + "use_dora": _PLAIN,
-    LORA + "bias": (["none"], "no bias is trained"), BITS + "bnb_4bit_compute_dtype":
-    (["torch.float32"], _FLOAT32[1]),
-    "train.dynamic_data_seed": ([False], "a client sees the same examples at each visit under"
-                                " protocol `flowertune`; set it to false"),
+    LORA + "bias": (["none"], "no bias is trained"), **dict.fromkeys(STRATEGY, _RULE),
+    "train.dynamic_data_seed": ([False], "every visit sees the same examples; set it to false"),
     "strategy.fraction_evaluate": ([0], "clients do not evaluate; set it to 0.0"),
     ARGS + "bf16": _FLOAT32, ARGS + "fp16": _FLOAT32, ARGS + "tf32": _FLOAT32,
     ARGS + "optim": (["adamw_torch", "adamw_torch_fused"], "torch's AdamW is computed; delete it"),
-    ARGS + "lr_scheduler_type": (["constant"], "the learning rate is constant within a round and"
-                                 ' a cosine over the rounds; set it to "constant"'),
-    ARGS + "gradient_accumulation_steps": ([1], "versions of transformers weigh micro-batches"
-        " differently; set it to 1 and per-device-train-batch-size to the product"),
-    **dict.fromkeys(STRATEGY, _RULE),
+    ARGS + "lr_scheduler_type": (["constant"], 'a round has one learning rate; set "constant"'),
+    # Whether each micro-batch or each token weighs the same depends on transformers' version.
+    ARGS + "gradient_accumulation_steps": ([1], "set it to 1 and multiply the batch size by it"),
 }  # fmt: skip
 # Those, or whole tables, that change no result -> why.
 HARMLESS = {
     "model.attn": "an implementation of the same attention",
     "model.trust_remote_code": "code from a hub is never executed",
-    LORA + "task_type": "only causal models are loaded",
-    BITS + "load_in_4bit": "model.quantization decides",
-    ARGS + "learning_rate": "the app overwrites it in each round",
+    LORA + "task_type": "causal", BITS + "load_in_4bit": "model.quantization decides",
     ARGS + "num_train_epochs": "overridden by max-steps, which must be positive",
     ARGS + "gradient_checkpointing": "memory only; model.gradient-checkpointing decides",
     ARGS + "warmup_steps": "no part of the constant schedule",
-    **dict.fromkeys((ARGS + "output_dir", ARGS + "save_steps", ARGS + "save_total_limit"),
-                    "the trainer's own checkpoints in a visit"),
+    **dict.fromkeys((ARGS + "output_dir", ARGS + "learning_rate"), "the app overwrites it"),
+    **dict.fromkeys((ARGS + "save_steps", ARGS + "save_total_limit"), "checkpoints in a visit"),
     **dict.fromkeys(("wandb", "use_wandb", "run_name", ARGS + "report_to", ARGS + "logging_steps"),
                     "logging"),
 }  # fmt: skip
@@ -110,8 +103,6 @@ class App:
 def _convert(target: str, value: Any) -> Any:
     if target in ("train.steps", "server.fraction", "train.clip_norm") and value <= 0:
         raise ValueError("expected a number above 0")  # -1 steps are epochs; 0 switches off
-    if target == "task":
-        return str(value).replace("-", "")
     if target == "adapter.targets":
         if value == "all":  # in the code of those who have it: every linear of a Llama
             value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -120,31 +111,29 @@ def _convert(target: str, value: Any) -> Any:
     return value
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+        below = _flat(value) if isinstance(value, dict) else [("", value)]
+        yield from ((f"{key}.{rest}" if rest else key, leaf) for rest, leaf in below)
 
 
 def _passes_through(method: ast.stmt) -> bool:
     """Whether a method returns, untouched, what its one `super()` call of the same name does."""
     if not isinstance(method, ast.FunctionDef):
         return isinstance(method, ast.Expr)  # a docstring
-    nodes, name = list(ast.walk(method)), f"super().{method.name}"
-    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
-    if len(calls) != 1 or method.name not in WATCHED:
+    lines = [line.strip() for line in ast.unparse(method).splitlines()]
+    calls = [line for line in lines if "super()" in line]
+    if len(calls) != 1 or f"super().{method.name}(" not in calls[0]:
         return False
     if method.name == "__init__":
-        return ast.unparse(calls[0]) == "super().__init__(**kwargs)"
-    bound = [n.targets[0] for n in nodes if isinstance(n, ast.Assign) and n.value is calls[0]]
-    result = bound[0] if bound else calls[0]
-    stored = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    once = all(stored.count(n.id) == 1 for n in ast.walk(result)
-               if isinstance(n, ast.Name) and n.id in stored)  # fmt: skip
-    return once and all(n.value is not None and ast.unparse(n.value) == ast.unparse(result)
-                        for n in nodes if isinstance(n, ast.Return))  # fmt: skip
+        return calls == ["super().__init__(**kwargs)"]
+    result, _, call = calls[0].removeprefix("return ").rpartition(" = ")
+    stored = [n.id for n in ast.walk(method)
+              if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]  # fmt: skip
+    once = all(stored.count(name) == 1 for name in re.findall(r"\w+", result))
+    # Of a tuple, unparse writes the brackets in one place and not in the other.
+    returned = {line[6:].strip(" ()") for line in lines if re.match(r"return\b", line)}
+    return method.name in WATCHED and once and returned == {(result or call).strip(" ()")}
 
 
 class _Reader:
@@ -154,6 +143,8 @@ class _Reader:
         self.keys = [(w.replace("-", "_").removeprefix("static."), w, v) for w, v in _flat(config)]
         self.given = {key: value for key, _, value in self.keys}
         self.nodes = [(f, tree, n) for f, tree in code.items() for n in ast.walk(tree)]
+        self.calls = [(f, tree, n, ast.unparse(n.func)) for f, tree, n in self.nodes
+                      if isinstance(n, ast.Call)]  # fmt: skip
         self.found: dict[str, tuple[Any, str]] = {}
         self.problems: list[str] = []
 
@@ -176,19 +167,12 @@ class _Reader:
                 self.problem(where, f"but {origin}; make them agree")
         elif not {key, key.partition(".")[0]} & HARMLESS.keys():
             close = difflib.get_close_matches(key, [*RENAMED, *ONLY, *HARMLESS], 1)
-            self.problem(
-                where, f"unknown; did you mean {close[0]}?" if close else "unknown; delete it"
-            )
-
-    def calls(self, name: str) -> list[tuple[str, ast.Module, ast.Call, str]]:
-        """Calls whose name matches an expression: (file, its syntax, call, full name)."""
-        return [(f, tree, n, ast.unparse(n.func)) for f, tree, n in self.nodes
-                if isinstance(n, ast.Call)
-                and re.fullmatch(rf"(.*\.)?{name}", ast.unparse(n.func))]  # fmt: skip
+            self.problem(where, f"unknown; {f'did you mean {close[0]}?' if close else 'delete it'}")
 
     def arguments(self, callee: str, defaults: Mapping[str, Any]) -> bool:
         """Take the arguments of every call of `callee`. False: there is no call."""
-        for file, tree, call, _ in self.calls(callee):
+        calls = [(f, t, n) for f, t, n, name in self.calls if name.rpartition(".")[2] == callee]
+        for file, tree, call in calls:
             written = {f"{k.arg}": k.value for k in call.keywords}
             if "load_in_8bit" in written:
                 continue  # a branch for another value of model.quantization
@@ -198,29 +182,25 @@ class _Reader:
                     self.take(key, defaults[name], where)
                 elif key not in HARMLESS:
                     self.argument(key, written[name], tree, where)
-        return bool(self.calls(callee))
+        return bool(calls)
 
     def argument(self, key: str, node: ast.expr, tree: ast.Module, where: str) -> None:
         """A literal, or else something that one of the app's keys for the same thing decides."""
-        text = ast.unparse(node)
         with suppress(ValueError, TypeError):
-            return self.take(key, text if "_dtype" in key else ast.literal_eval(node), where)
+            return self.take(key, ast.literal_eval(node), where)
         plain = (ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.expr_context)
-        scope = ast.unparse(tree) if isinstance(node, ast.Name) else text
-        keys = [k for k in self.given if RENAMED.get(k) == RENAMED.get(key)]
-        decided = any(k.rpartition(".")[2] in scope for k in keys)
+        scope = ast.unparse(tree if isinstance(node, ast.Name) else node)
+        decided = any(RENAMED.get(k) == RENAMED.get(key) and k.rpartition(".")[2] in scope
+                      for k in self.given)  # fmt: skip
         if not decided or not all(isinstance(part, plain) for part in ast.walk(node)):
-            self.problem(
-                f"{where} = {text}", "the code that computes it is not executed; write a value"
-            )
+            self.problem(f"{where} = {ast.unparse(node)}", "not executed; write the value")
 
     def model(self) -> None:
         """What every app must say; LoRA and 4-bit arguments."""
         for key in REQUIRED:
             if key not in self.given and RENAMED.get(key) not in self.found:
                 self.problem(key.replace("_", "-"), "missing; the official apps set it")
-        # What peft and transformers take where the code says nothing.
-        lora = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ()}
+        lora = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ()}  # peft's
         if not self.arguments("LoraConfig", lora):
             self.problem("LoraConfig", "the app's code never calls it: an unknown adapter")
         four = self.given.get("model.quantization") == 4
@@ -232,8 +212,8 @@ class _Reader:
         self.arguments("reformat", {})
         task, asked = self.found.pop("task", ("generalnlp", "the app's prompt"))
         wanted, where = self.found.pop("data.train", ("", ""))
-        for file, _, _, name in self.calls(r"\w*Partitioner"):
-            if not name.endswith("IidPartitioner"):
+        for file, _, _, name in self.calls:
+            if name.endswith("Partitioner") and not name.endswith("IidPartitioner"):
                 self.problem(f"{file}: {name}", "the clients are IID; use IidPartitioner")
         sets = {s.hub: (d, s) for d in map(domains.load, domains.known()) for s in d.train}
         hub = OLDER.get(str(wanted), str(wanted))
@@ -243,9 +223,9 @@ class _Reader:
             self.found["clients.number"] = supernodes or domain.clients, where
             if chosen is not domain.train[0]:
                 self.found["data.train"] = chosen.name, where
-            if domain.name not in TASKS.get(task, []):
-                self.problem(asked, f"formats rows unlike domain {domain.name!r}; correct it"
-                             ' (flwr 1.11 and 1.12 wrote "generalnlp" into every app)')  # fmt: skip
+            if domain.name not in TASKS.get(str(task).replace("-", ""), []):
+                # flwr 1.11 and 1.12 wrote "generalnlp" into every app.
+                self.problem(asked, f"formats rows unlike domain {domain.name!r}; correct it")
         elif where:
             self.problem(where, f"in no domain; known: {', '.join(sorted([*sets, *OLDER]))}")
 
@@ -256,20 +236,21 @@ class _Reader:
                 bases = [ast.unparse(base) for base in node.bases]
                 return (len(bases) == 1 and bases != [name] and self.is_fedavg(bases[0])
                         and all(map(_passes_through, node.body)))  # fmt: skip
-        imports = [a for _, _, n in self.nodes if isinstance(n, ast.ImportFrom)
-                   and str(n.module).startswith("flwr.server") for a in n.names]  # fmt: skip
         return name.endswith(".strategy.FedAvg") or any(
-            a.name == "FedAvg" and name == (a.asname or a.name) for a in imports
-        )
+            a.name == "FedAvg" and name == (a.asname or a.name) for _, _, n in self.nodes
+            if isinstance(n, ast.ImportFrom) and str(n.module).startswith("flwr.server")
+            for a in n.names)  # fmt: skip
 
     def strategy(self) -> None:
         """The template's FedAvg, or one of several that a key of the app's chooses."""
         rules = []
-        for file, _, call, name in self.calls(r"(?!__init__)\w+"):
+        for file, _, call, name in self.calls:
             given = {f"{k.arg}" for k in call.keywords}
-            if given & {"fraction_fit", "fraction_train"}:
+            if given & {"fraction_fit", "fraction_train"} and not name.endswith("__init__"):
                 rules.append((f"{file}: {name}", self.is_fedavg(name) and given <= PASSED))
-        chosen = self.given.keys() & STRATEGY[:3] and any(fedavg for _, fedavg in rules)
+        chosen = self.given.keys() & STRATEGY[:3] and any(
+            isinstance(n, ast.ClassDef) and self.is_fedavg(n.name) for _, _, n in self.nodes
+        )
         for where, fedavg in rules or [("the app's code", False)]:
             if not fedavg and not chosen:
                 self.problem(where, _RULE[1])
@@ -283,14 +264,9 @@ def is_app(path: Path) -> bool:
 
 
 def read_app(path: Path, *, strategy: str | None = None) -> App:
-    """Read an app's folder. `strategy` is the user's own choice, in place of the app's.
-
-    Raises:
-        ConfigError: the folder is no app, or asks for something that fedsim does not compute.
-    """
+    """Read an app; `strategy`, if any, replaces its own. Raises ConfigError that lists all."""
     if not is_app(path):
-        raise ConfigError("app", got=str(path), expected="a folder whose pyproject.toml has"
-                          " [tool.flwr.app.config]")  # fmt: skip
+        raise ConfigError("app", got=str(path), expected="a folder with [tool.flwr.app.config]")
     document = read_toml(path / "pyproject.toml")
     flwr = document["tool"]["flwr"]
     files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob("*.py"))}
@@ -302,26 +278,26 @@ def read_app(path: Path, *, strategy: str | None = None) -> App:
         reader = _Reader(flwr["app"]["config"], {n: ast.parse(text, n) for n, text in own.items()})
     except SyntaxError as failure:
         raise ConfigError(f"{path}: the app's code is not Python: {failure}") from None
+    # A user's FedProx has a mu of its own: the app's would be lost without a word.
+    replaced = STRATEGY[: 3 if "prox" in strategy else 4] if strategy else ()
     for key, written, value in reader.keys:
-        # A user's FedProx has a mu of its own: the app's would be lost without a word.
-        lost = key == "strategy.proximal_mu" and "prox" in (strategy or "")
-        if strategy is None or key not in STRATEGY or lost:
+        if key not in replaced:
             reader.take(key, value, written)
     reader.model()
-    federations = flwr.get("federations", {})
-    default = federations.get(federations.get("default"), {})
-    reader.data(default.get("options", {}).get("num-supernodes"))
+    federations = dict(_flat(flwr.get("federations", {})))
+    reader.data(federations.get(f"{federations.get('default')}.options.num-supernodes"))
     if strategy is None:
         reader.strategy()
     if reader.problems:
         what = f"{path} asks for what fedsim cannot honour:\n  - " + "\n  - ".join(reader.problems)
         raise ConfigError(what, remedy="Each line says how to correct it.")
     name = re.sub(r"[^\w.-]+", "-", document.get("project", {}).get("name", "")).strip("-") or "app"
-    found: dict[str, Any] = {target: value for target, (value, _) in reader.found.items()}
-    found |= {"run.name": name, "run.protocol": "flowertune", "server.min_clients": 2,
-              "server.strategy": strategy or "fedavg", "data.source": "hub"}  # fmt: skip
     values: dict[str, Any] = {"run": {"seed": 42}}
-    for target, value in found.items():
+    for target, value in {
+        **{target: value for target, (value, _) in reader.found.items()}, "run.name": name,
+        "run.protocol": "flowertune", "server.min_clients": 2, "data.source": "hub",
+        "server.strategy": strategy or "fedavg",
+    }.items():  # fmt: skip
         section, _, leaf = target.partition(".")
         values.setdefault(section, {})[leaf] = value
     return App(name, values, tuple(files))

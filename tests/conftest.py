@@ -1,0 +1,129 @@
+"""Tiny random models of five architectures and a byte-level tokenizer, made on the spot.
+
+Nothing is downloaded. The models are small enough for a training step in milliseconds, and each
+keeps what makes its architecture different: grouped queries, query norms, sliding windows,
+soft-caps, fused projections.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM as CausalLM
+
+from fedsim.config import Config, build
+from fedsim.data.embedded import finance
+
+ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "phi3")
+VOCABULARY = 384
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def _config(architecture: str) -> Any:
+    if architecture == "llama":
+        return LlamaConfig(**_SHARED, tie_word_embeddings=True)
+    if architecture == "qwen3":
+        return Qwen3Config(**_SHARED, head_dim=16)
+    if architecture == "mistral":
+        return MistralConfig(**_SHARED, sliding_window=5)
+    if architecture == "gemma2":
+        return Gemma2Config(
+            **_SHARED, head_dim=16, query_pre_attn_scalar=24, sliding_window=5,
+            attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+        )  # fmt: skip
+    return Phi3Config(**_SHARED)
+
+
+def require(what: str, there: bool, reason: str) -> None:
+    """Skip where something is not installed, unless FEDSIM_REQUIRE says it must be."""
+    if not there:
+        if what in os.environ.get("FEDSIM_REQUIRE", "").split(","):
+            pytest.fail(f"FEDSIM_REQUIRE names {what}, but {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens, trained on the embedded set; token 0 is EOS."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator((row["input"] for row in finance.train()[:300]), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """architecture -> a model folder with random fp32 weights, made once."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama") -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            torch.manual_seed(len(architecture))
+            model = CausalLM.from_config(_config(architecture), dtype=torch.float32)
+            for p in model.parameters():
+                if p.ndim > 1:  # the default 0.02 leaves attention almost uniform
+                    torch.nn.init.normal_(p, std=0.2)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("FEDSIM_CACHE", str(cache))
+
+
+@pytest.fixture
+def settings(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., Config]:  # fmt: skip
+    """A small embedded-finance configuration on a tiny model; keyword `section__key` overrides."""
+
+    def make(architecture: str = "llama", **changes: Any) -> Config:
+        values: dict[str, dict[str, Any]] = {
+            "run": {"name": "run", "out": str(tmp_path)},
+            "model": {"name": str(tiny(architecture)), "dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 8.0, "targets": ["all-linear"]},
+            "data": {"source": "embedded", "max_length": 256, "limit": 200},
+            "clients": {"number": 8},
+            "server": {"rounds": 3, "fraction": 0.5, "export_every": 2},
+            "train": {"steps": 2, "batch": 3, "lr_max": 1e-2, "lr_min": 1e-3, "slots": 4},
+            "evaluate": {"limit": 12},
+        }
+        for key, value in changes.items():
+            section, _, leaf = key.partition("__")
+            values[section][leaf] = value
+        return build(values, "test")
+
+    return make
