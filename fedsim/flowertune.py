@@ -25,20 +25,19 @@ ARGS, LORA, BITS = "train.training_arguments.", "LoraConfig.", "BitsAndBytesConf
 # The app's keys (`_` for `-`, without `static.`), or arguments in its code -> fedsim's keys.
 RENAMED = {
     "model.name": "model.name", "model.gradient_checkpointing": "train.recompute",
-    "model.lora.peft_lora_r": "adapter.rank", LORA + "r": "adapter.rank",
+    "model.lora.peft_lora_r": "adapter.rank", LORA + "r": "adapter.rank", "seed": "run.seed",
     "model.lora.peft_lora_alpha": "adapter.alpha", LORA + "lora_alpha": "adapter.alpha",
     "model.lora.peft_lora_dropout": "adapter.dropout", LORA + "lora_dropout": "adapter.dropout",
     **dict.fromkeys((LORA + "target_modules", "model.lora.peft_lora_target_modules",
                      "model.lora.peft_target_modules", "model.lora.modules"), "adapter.targets"),
     BITS + "bnb_4bit_quant_type": "model.quantisation", "num_server_rounds": "server.rounds",
-    BITS + "bnb_4bit_use_double_quant": "model.double_quantisation",
-    "dataset.name": "data.train", "task.name": "task", "reformat.llm_task": "task",
-    "model.seq_length": "data.max_length", "train.seq_length": "data.max_length",
+    BITS + "bnb_4bit_use_double_quant": "model.double_quantisation", "reformat.llm_task": "task",
+    "dataset.name": "data.train", "train.save_every_round": "server.export_every",
+    "train.seq_length": "data.max_length", ARGS + "adam_epsilon": "train.eps",
     "train.learning_rate_max": "train.lr_max", "train.learning_rate_min": "train.lr_min",
     ARGS + "max_steps": "train.steps", ARGS + "per_device_train_batch_size": "train.batch",
     ARGS + "weight_decay": "train.weight_decay", ARGS + "max_grad_norm": "train.clip_norm",
-    ARGS + "adam_beta1": "train.beta1", ARGS + "adam_beta2": "train.beta2", "seed": "run.seed",
-    ARGS + "adam_epsilon": "train.eps", "train.save_every_round": "server.export_every",
+    ARGS + "adam_beta1": "train.beta1", ARGS + "adam_beta2": "train.beta2", "task.name": "task",
     "strategy.fraction_fit": "server.fraction", "strategy.fraction_train": "server.fraction",
 }  # fmt: skip
 REQUIRED = ("model.name", "model.quantization", "train.learning_rate_max", "num_server_rounds",
@@ -69,11 +68,10 @@ HARMLESS = {
     LORA + "task_type": "causal", BITS + "load_in_4bit": "model.quantization decides",
     ARGS + "num_train_epochs": "overridden by max-steps, which must be positive",
     ARGS + "gradient_checkpointing": "memory only; model.gradient-checkpointing decides",
-    ARGS + "warmup_steps": "no part of the constant schedule",
+    ARGS + "warmup_steps": "no part of the constant schedule", "run_name": "logging",
     **dict.fromkeys((ARGS + "output_dir", ARGS + "learning_rate"), "the app overwrites it"),
     **dict.fromkeys((ARGS + "save_steps", ARGS + "save_total_limit"), "checkpoints in a visit"),
-    **dict.fromkeys(("wandb", "use_wandb", "run_name", ARGS + "report_to", ARGS + "logging_steps"),
-                    "logging"),
+    **dict.fromkeys(("wandb", "use_wandb", ARGS + "report_to", ARGS + "logging_steps"), "logging"),
 }  # fmt: skip
 # Arguments that the templates pass to FedAvg, and methods that they watch.
 PASSED = {"fraction_fit", "fraction_train", "fraction_evaluate", "on_fit_config_fn", "evaluate_fn",
@@ -119,21 +117,20 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _passes_through(method: ast.stmt) -> bool:
     """Whether a method returns, untouched, what its one `super()` call of the same name does."""
-    if not isinstance(method, ast.FunctionDef):
-        return isinstance(method, ast.Expr)  # a docstring
+    name = getattr(method, "name", "")
     lines = [line.strip() for line in ast.unparse(method).splitlines()]
     calls = [line for line in lines if "super()" in line]
-    if len(calls) != 1 or f"super().{method.name}(" not in calls[0]:
+    if name not in WATCHED or len(calls) != 1 or f"super().{name}(" not in calls[0]:
         return False
-    if method.name == "__init__":
+    if name == "__init__":
         return calls == ["super().__init__(**kwargs)"]
     result, _, call = calls[0].removeprefix("return ").rpartition(" = ")
     stored = [n.id for n in ast.walk(method)
               if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]  # fmt: skip
-    once = all(stored.count(name) == 1 for name in re.findall(r"\w+", result))
+    once = all(stored.count(n) == 1 for n in re.findall(r"\w+", result))
     # Of a tuple, unparse writes the brackets in one place and not in the other.
     returned = {line[6:].strip(" ()") for line in lines if re.match(r"return\b", line)}
-    return method.name in WATCHED and once and returned == {(result or call).strip(" ()")}
+    return once and returned == {(result or call).strip(" ()")}
 
 
 class _Reader:
@@ -171,11 +168,11 @@ class _Reader:
 
     def arguments(self, callee: str, defaults: Mapping[str, Any]) -> bool:
         """Take the arguments of every call of `callee`. False: there is no call."""
-        calls = [(f, t, n) for f, t, n, name in self.calls if name.rpartition(".")[2] == callee]
+        # A call for 8 bits is a branch for another value of model.quantization.
+        calls = [(f, t, n) for f, t, n, name in self.calls if name.split(".")[-1] == callee
+                 and "load_in_8bit" not in ast.unparse(n)]  # fmt: skip
         for file, tree, call in calls:
             written = {f"{k.arg}": k.value for k in call.keywords}
-            if "load_in_8bit" in written:
-                continue  # a branch for another value of model.quantization
             for name in sorted({*defaults, *written}):
                 key, where = f"{callee}.{name}", f"{file}: {callee}({name})"
                 if name not in written:
@@ -235,24 +232,25 @@ class _Reader:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 bases = [ast.unparse(base) for base in node.bases]
                 return (len(bases) == 1 and bases != [name] and self.is_fedavg(bases[0])
-                        and all(map(_passes_through, node.body)))  # fmt: skip
+                        and all(map(_passes_through, node.body[bool(ast.get_docstring(node)) :])))  # fmt: skip
         return name.endswith(".strategy.FedAvg") or any(
             a.name == "FedAvg" and name == (a.asname or a.name) for _, _, n in self.nodes
             if isinstance(n, ast.ImportFrom) and str(n.module).startswith("flwr.server")
             for a in n.names)  # fmt: skip
 
     def strategy(self) -> None:
-        """The template's FedAvg, or one of several that a key of the app's chooses."""
+        """The template's FedAvg, or one of several rules that a key of the app's decides on."""
         rules = []
         for file, _, call, name in self.calls:
             given = {f"{k.arg}" for k in call.keywords}
             if given & {"fraction_fit", "fraction_train"} and not name.endswith("__init__"):
                 rules.append((f"{file}: {name}", self.is_fedavg(name) and given <= PASSED))
-        chosen = self.given.keys() & STRATEGY[:3] and any(
+        # A call of a variable, or several calls: the code chooses.
+        keyed = self.given.keys() & STRATEGY[:3] and any(
             isinstance(n, ast.ClassDef) and self.is_fedavg(n.name) for _, _, n in self.nodes
         )
-        for where, fedavg in rules or [("the app's code", False)]:
-            if not fedavg and not chosen:
+        for where, fedavg in rules or [("ServerApp", False)]:
+            if not fedavg and not (keyed and (len(rules) > 1 or where.split()[-1].islower())):
                 self.problem(where, _RULE[1])
 
 
@@ -273,11 +271,11 @@ def read_app(path: Path, *, strategy: str | None = None) -> App:
     files = {n: f for n, f in files.items() if not re.search(r"(^|/)(\.|site-packages/)", n)}
     # Scripts outside the app's package, such as an evaluation, do not train.
     homes = {f.parent for f in files.values() if f.name == "server_app.py"} or {path}
-    own = {n: f.read_text(encoding="utf-8") for n, f in files.items() if homes & {*f.parents}}
     try:
-        reader = _Reader(flwr["app"]["config"], {n: ast.parse(text, n) for n, text in own.items()})
-    except SyntaxError as failure:
+        code = {n: ast.parse(f.read_bytes(), n) for n, f in files.items() if homes & {*f.parents}}
+    except (SyntaxError, ValueError) as failure:
         raise ConfigError(f"{path}: the app's code is not Python: {failure}") from None
+    reader = _Reader(flwr["app"]["config"], code)
     # A user's FedProx has a mu of its own: the app's would be lost without a word.
     replaced = STRATEGY[: 3 if "prox" in strategy else 4] if strategy else ()
     for key, written, value in reader.keys:
@@ -292,12 +290,11 @@ def read_app(path: Path, *, strategy: str | None = None) -> App:
         what = f"{path} asks for what fedsim cannot honour:\n  - " + "\n  - ".join(reader.problems)
         raise ConfigError(what, remedy="Each line says how to correct it.")
     name = re.sub(r"[^\w.-]+", "-", document.get("project", {}).get("name", "")).strip("-") or "app"
-    values: dict[str, Any] = {"run": {"seed": 42}}
-    for target, value in {
-        **{target: value for target, (value, _) in reader.found.items()}, "run.name": name,
-        "run.protocol": "flowertune", "server.min_clients": 2, "data.source": "hub",
-        "server.strategy": strategy or "fedavg",
-    }.items():  # fmt: skip
+    values: dict[str, dict[str, Any]] = {
+        "run": {"seed": 42, "name": name, "protocol": "flowertune"}, "data": {"source": "hub"},
+        "server": {"strategy": strategy or "fedavg", "min_clients": 2},
+    }  # fmt: skip
+    for target, (value, _) in reader.found.items():
         section, _, leaf = target.partition(".")
         values.setdefault(section, {})[leaf] = value
     return App(name, values, tuple(files))
