@@ -53,6 +53,7 @@ ONLY: dict[str, tuple[list[Any], str]] = {
     "model.quantization": ([0, 4], "only 4 bits are computed, or 0 for none"),
     "model.lora.peft_use_dora": _PLAIN, "model.lora.use_dora": _PLAIN, LORA + "use_dora": _PLAIN,
     LORA + "bias": (["none"], "no bias is trained"), **dict.fromkeys(STRATEGY, _RULE),
+    "strategy.proximal_mu": ([0], "delete it; choose with `--set server.strategy=...`"),
     "train.dynamic_data_seed": ([False], "every visit sees the same examples; set it to false"),
     "strategy.fraction_evaluate": ([0], "clients do not evaluate; set it to 0.0"),
     ARGS + "bf16": _FLOAT32, ARGS + "fp16": _FLOAT32, ARGS + "tf32": _FLOAT32,
@@ -187,8 +188,8 @@ class _Reader:
             return self.take(key, ast.literal_eval(node), where)
         plain = (ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.expr_context)
         scope = ast.unparse(tree if isinstance(node, ast.Name) else node)
-        decided = any(RENAMED.get(k) == RENAMED.get(key) and k.rpartition(".")[2] in scope
-                      for k in self.given)  # fmt: skip
+        decided = any(k.rpartition(".")[2] in scope for k in self.given if (
+            "dora" in k if "dora" in key else RENAMED.get(k) == RENAMED.get(key, "")))  # fmt: skip
         if not decided or not all(isinstance(part, plain) for part in ast.walk(node)):
             self.problem(f"{where} = {ast.unparse(node)}", "not executed; write the value")
 
@@ -204,7 +205,7 @@ class _Reader:
         if four and not self.arguments("BitsAndBytesConfig", {"bnb_4bit_quant_type": "fp4"}):
             self.problem("BitsAndBytesConfig", "the app's code never calls it: unknown 4 bits")
 
-    def data(self, supernodes: int | None) -> None:
+    def data(self, nodes: int | None) -> None:
         """Domain, training set and clients; rows and parts as the domain has them."""
         self.arguments("reformat", {})
         task, asked = self.found.pop("task", ("generalnlp", "the app's prompt"))
@@ -217,7 +218,7 @@ class _Reader:
         if hub in sets:
             domain, chosen = sets[hub]
             self.found["data.domain"] = domain.name, where
-            self.found["clients.number"] = supernodes or domain.clients, where
+            self.found["clients.number"] = (domain.clients if nodes is None else nodes, "")
             if chosen is not domain.train[0]:
                 self.found["data.train"] = chosen.name, where
             if domain.name not in TASKS.get(str(task).replace("-", ""), []):
@@ -230,22 +231,21 @@ class _Reader:
         """Whether a name is the library's FedAvg, or a class that only watches it."""
         for _, _, node in self.nodes:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                bases = [ast.unparse(base) for base in node.bases]
-                return (len(bases) == 1 and bases != [name] and self.is_fedavg(bases[0])
-                        and all(map(_passes_through, node.body[bool(ast.get_docstring(node)) :])))  # fmt: skip
+                body = node.body[bool(ast.get_docstring(node)) :]
+                base = ast.unparse(node.bases[0]) if len(node.bases) == 1 else name
+                return base != name and self.is_fedavg(base) and all(map(_passes_through, body))
         return name.endswith(".strategy.FedAvg") or any(
             a.name == "FedAvg" and name == (a.asname or a.name) for _, _, n in self.nodes
             if isinstance(n, ast.ImportFrom) and str(n.module).startswith("flwr.server")
             for a in n.names)  # fmt: skip
 
     def strategy(self) -> None:
-        """The template's FedAvg, or one of several rules that a key of the app's decides on."""
+        """The template's FedAvg, or one among several calls or in a variable, chosen by a key."""
         rules = []
         for file, _, call, name in self.calls:
             given = {f"{k.arg}" for k in call.keywords}
             if given & {"fraction_fit", "fraction_train"} and not name.endswith("__init__"):
                 rules.append((f"{file}: {name}", self.is_fedavg(name) and given <= PASSED))
-        # A call of a variable, or several calls: the code chooses.
         keyed = self.given.keys() & STRATEGY[:3] and any(
             isinstance(n, ast.ClassDef) and self.is_fedavg(n.name) for _, _, n in self.nodes
         )
@@ -276,7 +276,7 @@ def read_app(path: Path, *, strategy: str | None = None) -> App:
     except (SyntaxError, ValueError) as failure:
         raise ConfigError(f"{path}: the app's code is not Python: {failure}") from None
     reader = _Reader(flwr["app"]["config"], code)
-    # A user's FedProx has a mu of its own: the app's would be lost without a word.
+    # A user's FedProx has its own mu: the app's would be lost without a word.
     replaced = STRATEGY[: 3 if "prox" in strategy else 4] if strategy else ()
     for key, written, value in reader.keys:
         if key not in replaced:
@@ -289,7 +289,7 @@ def read_app(path: Path, *, strategy: str | None = None) -> App:
     if reader.problems:
         what = f"{path} asks for what fedsim cannot honour:\n  - " + "\n  - ".join(reader.problems)
         raise ConfigError(what, remedy="Each line says how to correct it.")
-    name = re.sub(r"[^\w.-]+", "-", document.get("project", {}).get("name", "")).strip("-") or "app"
+    name = re.sub(r"[^\w.-]+", "-", document.get("project", {}).get("name", "app")).strip(".-")
     values: dict[str, dict[str, Any]] = {
         "run": {"seed": 42, "name": name, "protocol": "flowertune"}, "data": {"source": "hub"},
         "server": {"strategy": strategy or "fedavg", "min_clients": 2},

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from fedsim.checkpoint import write_atomic, write_failed
+from fedsim.checkpoint import FILE, write_atomic, write_failed
 from fedsim.config import Config, build, read_toml, resolved
 from fedsim.errors import CheckpointError, ConfigError
 
@@ -27,6 +27,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.checkpoints / FILE).is_file()
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file."""
@@ -91,7 +95,7 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
     if resume and not path.is_dir():
         raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
     if path.exists() and not resume:
-        if not fresh:
+        if folder.has_checkpoint and not fresh:  # without one, nothing was finished
             raise ConfigError(
                 f"{path} already exists",
                 remedy="Go on with --resume, replace it with --fresh, or give --set run.name=...",
