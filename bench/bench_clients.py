@@ -1,26 +1,22 @@
 """How many real tokens per second does a whole local round train, against stock PEFT?
 
-Setting: SmolLM2-135M-Instruct, FinGPT sentiment, rank 32 on q_proj and v_proj, alpha 64, AdamW.
-`flowertune` is 5 clients x batch 16, `small_batch` 16 clients x batch 2, 10 local steps each.
+SmolLM2-135M-Instruct on FinGPT sentiment, rank 32 on q_proj and v_proj, alpha 64, AdamW, 10 local
+steps; `flowertune` is 5 clients x batch 16, `small_batch` 16 clients x batch 2. Arms:
 
-Arms, all on the same examples, start row, learning rate and clipping:
     engine                all clients in one pass, nothing shared between sequences
-    engine_shared_prefix  the same, each client's common prompt prefix computed once
-    b1                    this engine, one client per pass, no shared prefix: what batching gains
-    b0                    stock transformers and PEFT, one client after another, each batch padded
-                          to its longest sequence, no checkpointing; in the fastest of {sdpa,
-                          eager} x {bf16, fp32}, found in the same run by one step of each
-    b0_default            the same in the setting that `from_pretrained` gives by itself, which is
-                          sdpa and the dtype of the checkpoint (bf16)
+    engine_shared_prefix  the same, each client's common prompt prefix computed once a step
+    b1                    this engine, one client per pass, no shared prefix
+    b0                    stock transformers and PEFT, one client after another, batches padded to
+                          their longest, no checkpointing; in the fastest of {sdpa, eager} x {bf16,
+                          fp32}, found by timing one `flowertune` step of each in the same run
+    b0_default            the same as `from_pretrained` sets it: sdpa, the checkpoint's dtype (bf16)
 
-Timed is everything from the start row to the trained adapters: optimiser state, resets, padding or
-packing, all steps. The model is loaded and the texts are tokenised before. Tokens are those of
-the sequences, without padding, and the same for all arms. Before anything is timed, engine and
-stock must give the same fp32 losses of two clients over two steps; `vs_x` is x's seconds over the
-engine's, paired within this run. With --quick, 2 steps and 2 repeats, b0_default only in the
-first; otherwise 3 repeats, and one more row with LoRA dropout 0.075.
-
-    python bench/bench_clients.py --quick
+All train the same examples from the same row. Timed is everything from that row to the trained
+adapters: optimiser state, resets, packing or padding, all steps; models are loaded and texts
+tokenised before. Tokens are real ones, without padding. First, engine and stock must give equal
+fp32 losses. `vs_x` is x's seconds over the engine's (or engine_shared_prefix's), paired within
+the run; `vs_b1` is what packing clients together gains. --quick takes 2 steps and 2 repeats,
+b0_default in the first only; the full run 3 repeats and one more row with LoRA dropout.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,68 +40,49 @@ sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a pac
 import harness
 from harness import Arm
 
-from fedsim import domains, model, seeds, weights
+from fedsim import seeds
 from fedsim.adapters import initial_row
 from fedsim.config import Config, build
-from fedsim.core import LocalRule, Population, RoundPlan, pick_device
-from fedsim.data import partition, sources, tokens
+from fedsim.core import LocalRule, RoundPlan
+from fedsim.data import partition
+from fedsim.data.tokens import TokenStore
 from fedsim.errors import DataError, FedSimError, ModelError, RunError
 from fedsim.plan import plan_round, step_examples
 from fedsim.record import Meter, peak_memory_mib
 from fedsim.train import Trainer
+from fedsim.world import World, describe, load_world
 
-SETTINGS = {"flowertune": (5, 16), "small_batch": (16, 2)}  # clients, batch
-STEPS, REPEATS = 10, 3
-QUICK_STEPS, QUICK_REPEATS = 2, 2
-DROPOUT = 0.075
+Setting = tuple[int, int, float]
+SETTINGS: dict[str, Setting] = {  # clients, batch, dropout; --quick leaves the last one out
+    "flowertune": (5, 16, 0.0), "small_batch": (16, 2, 0.0), "flowertune_dropout": (5, 16, 0.075)
+}  # fmt: skip
+FULL, QUICK = (10, 3), (2, 2)  # local steps, repeats
+BASELINES = ("b0", "b0_default", "b1")
+Trained = tuple[int, np.ndarray]  # real tokens; (M, 2) each client's first and last loss
 TOLERANCE = 1e-4  # relative, of fp32 losses
-MODEL = "smollm2-135m-instruct"
 FILE = "finance/fingpt_sentiment.train.jsonl.gz"
 
 
 def data_folder(given: str | None) -> Path:
     """`--data`, else FEDSIM_DATA, else ../shared/data. Raises DataError."""
-    name = given or os.environ.get("FEDSIM_DATA") or harness.ROOT.parent / "shared" / "data"
-    if not (Path(name) / FILE).is_file():
-        raise DataError(
-            "benchmark data", got=str(name), expected=f"a folder that holds {FILE}",
-            remedy="Pass --data DIR or set FEDSIM_DATA.",
-        )  # fmt: skip
-    return Path(name)
+    path = Path(given or os.environ.get("FEDSIM_DATA") or harness.ROOT.parent / "shared" / "data")
+    if not (path / FILE).is_file():
+        remedy = "Pass --data DIR or set FEDSIM_DATA."
+        raise DataError("data folder", got=str(path), expected=f"{FILE} in it", remedy=remedy)
+    return path
 
 
-def configure(name: str, data: Path, clients: int, batch: int, steps: int) -> Config:
-    """The configuration of one setting; every client of the population trains."""
+def configure(model: str, data: Path, steps: int, setting: Setting, dtype: str = "auto") -> Config:
+    """One setting: every client of the population trains, all of them in one pass."""
+    clients, batch, dropout = setting
     return build({
-        "model": {"name": name},
-        "adapter": {"rank": 32, "alpha": 64.0, "targets": ["q_proj", "v_proj"]},
+        "model": {"name": model, "dtype": dtype},
+        "adapter": {"rank": 32, "alpha": 64.0, "dropout": dropout, "targets": ["q_proj", "v_proj"]},
         "data": {"source": "directory", "dir": str(data), "max_length": 512},
-        "clients": {"number": clients},
-        "server": {"fraction": 1.0},
+        "clients": {"number": clients}, "server": {"fraction": 1.0},
         "train": {"steps": steps, "batch": batch, "slots": clients, "shared_prefix": False},
+        "evaluate": {"tasks": ["fpb"], "limit": 1},  # not used
     }, "bench_clients")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What is ready before the clock starts: the texts as tokens, and the engine's base."""
-
-    found: weights.Weights
-    store: tokens.TokenStore
-    origin: str
-    base: model.Base
-
-    @classmethod
-    def load(cls, config: Config) -> Loaded:
-        """The base in the configuration's dtype."""
-        domain = domains.load(config.data.domain)
-        dataset = sources.training_set(config.data, domain)
-        rows = sources.load(config.data, domain, dataset, domain.columns)
-        found = weights.find(config.model.name)
-        store = tokens.training_store(rows, domain, weights.tokenizer(found), config)
-        device = pick_device(config.run.device)
-        base = model.load(found, config, device, config.adapter.targets)
-        return cls(found, store, rows.origin, base)
 
 
 @dataclass(frozen=True)
@@ -112,84 +90,68 @@ class Work:
     """One round of local training, the same for every arm."""
 
     config: Config
-    loaded: Loaded
-    population: Population
+    world: World
     plan: RoundPlan
     start: Tensor  # (P,) fp32
     batches: list[list[np.ndarray]]  # the examples of each client's steps
 
     @classmethod
-    def build(cls, loaded: Loaded, config: Config) -> Work:
-        """Round 1 of this configuration."""
+    def build(cls, config: Config, world: World) -> Work:
+        """Round 1 of this configuration, whose clients may be others than the world's."""
         key = seeds.run_key(config.run.seed)
-        population = partition.build(config, len(loaded.store))
-        plan = plan_round(config, population, 1, key)
-        start = initial_row(loaded.base.layout, key).to(loaded.base.device)
+        clients = partition.build(config, len(world.store))
+        plan = plan_round(config, clients, 1, key)
         batches = [
-            [step_examples(config, population.of(c), key, c, 1, s) for s in range(n)]
+            [step_examples(config, clients.of(c), key, c, 1, s) for s in range(n)]
             for c, n in zip(plan.client_ids.tolist(), plan.steps.tolist())
         ]
-        return cls(config, loaded, population, plan, start, batches)
+        start = initial_row(world.base.layout, key).to(world.base.device)
+        return cls(config, replace(world, population=clients), plan, start, batches)
 
     def train(self, **values: Any) -> Work:
         """The same round with other values in the configuration's section `train`."""
         section = self.config.train.model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={"train": section}))
 
-    def short(self, clients: int) -> Work:
-        """One step of the first clients, to warm up on."""
-        steps, lanes = np.ones_like(self.plan.steps), (np.arange(clients),)
+    def short(self) -> Work:
+        """One step of the first client."""
+        steps, lanes = np.ones_like(self.plan.steps), (np.arange(1),)
         return replace(self, plan=replace(self.plan, steps=steps, lanes=lanes))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What an arm did: real tokens, and each client's first and last loss."""
-
-    tokens: int
-    first: np.ndarray
-    last: np.ndarray
 
 
 def engine_round(work: Work) -> Trained:
     """The round in this engine, with the work's own slots and shared prefix."""
-    config, loaded = work.config, work.loaded
-    key = seeds.run_key(config.run.seed)
-    trainer = Trainer(loaded.base, loaded.store, work.population, config, key)
+    world, key = work.world, seeds.run_key(work.config.run.seed)
+    trainer = Trainer(world.base, world.store, world.population, work.config, key)
     done = list(trainer.train(work.plan, LocalRule(work.start), Meter()))
     if not all(update.ok.all() for update in done):
         raise RunError("the engine met a loss that is not finite")
-    first, last = (np.concatenate(x) for x in zip(*((u.loss_first, u.loss_last) for u in done)))
-    return Trained(sum(int(u.tokens.sum()) for u in done), first, last)
+    losses = np.concatenate([np.stack([u.loss_first, u.loss_last], 1) for u in done])
+    return sum(int(u.tokens.sum()) for u in done), losses
 
 
 class Stock:
     """B0: a second copy of the model under stock PEFT, one client after another."""
 
-    def __init__(self, loaded: Loaded, config: Config, **setting: Any) -> None:
-        base = AutoModelForCausalLM.from_pretrained(loaded.found.path, **setting)
+    def __init__(self, work: Work, **setting: Any) -> None:
+        base = AutoModelForCausalLM.from_pretrained(work.world.found.path, **setting)
         self.setting = f"{base.config._attn_implementation}, {str(base.dtype)[6:]}"
-        self.layout, adapter = loaded.base.layout, config.adapter
+        self.layout, adapter = work.world.base.layout, work.config.adapter
         lora = LoraConfig(
             r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
             target_modules=[p.module for p in self.layout.pieces[::2]], task_type="CAUSAL_LM",
         )  # fmt: skip
-        self.model = get_peft_model(base.to(loaded.base.device), lora).train()
+        self.model = get_peft_model(base.to(work.world.base.device), lora).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def reset(self, row: Tensor) -> None:
-        """Every factor from a row (P,)."""
-        for module, factors in self.layout.factors(row[None]).items():
-            for kind, value in zip("AB", factors):
-                name = f"base_model.model.{module}.lora_{kind}.default.weight"
-                self.model.get_parameter(name).copy_(value[0])
 
     def round(self, work: Work) -> Trained:
         """The work's round, as one would write it with PEFT."""
-        train, store, real, losses = work.config.train, work.loaded.store, 0, []
+        train, store, tokens, losses = work.config.train, work.world.store, 0, []
         for index in np.concatenate(work.plan.lanes):
-            self.reset(work.start)
+            for piece in self.layout.pieces:
+                name = f"base_model.model.{piece.module}.lora_{piece.kind}.default.weight"
+                factor = self.layout.view(work.start[None], piece)[0]
+                self.model.get_parameter(name).data.copy_(factor)
             optimiser = torch.optim.AdamW(
                 self.trained, lr=float(work.plan.lr[index]), betas=(train.beta1, train.beta2),
                 eps=train.eps, weight_decay=train.weight_decay,
@@ -202,107 +164,137 @@ class Stock:
                 optimiser.step()
                 optimiser.zero_grad()
                 seen.append(loss.detach().double())
-                real += int(store.lengths[examples].sum())
+                tokens += int(store.lengths[examples].sum())
             losses.append(torch.stack(seen).cpu().numpy()[[0, -1]])
-        return Trained(real, *np.array(losses).T)
+        return tokens, np.array(losses)
 
 
-def padded(store: tokens.TokenStore, examples: np.ndarray, device: torch.device) -> dict[str, Any]:
+def padded(store: TokenStore, examples: np.ndarray, device: torch.device) -> dict[str, Any]:
     """A stock batch: right padding up to the longest, labels on the answers only."""
     rows = [torch.as_tensor(np.asarray(store.of(e), dtype=np.int64)) for e in examples.tolist()]
     ids = pad_sequence(rows, batch_first=True)
-    column = torch.arange(ids.shape[1])
-    ends = torch.as_tensor(store.lengths[examples])[:, None]
+    column, ends = torch.arange(ids.shape[1]), torch.as_tensor(store.lengths[examples])[:, None]
     starts = torch.as_tensor(np.asarray(store.label_start[examples]))[:, None]
-    mask = column < ends
-    labels = ids.masked_fill(~mask | (column < starts), -100)
-    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+    labels = ids.masked_fill((column < starts) | (column >= ends), -100)
+    batch = {"input_ids": ids, "attention_mask": (column < ends).long(), "labels": labels}
     return {name: part.to(device) for name, part in batch.items()} | {"use_cache": False}
 
 
 def check_equal(work: Work, stock: Stock) -> float:
-    """Largest relative difference of a client's loss between engine, prefix shared or not, and
-    stock, in fp32.
+    """Largest relative difference of a client's first or last loss between engine, with and
+    without the shared prefix, and stock, both in fp32. Raises ModelError above TOLERANCE.
 
-    B starts from noise: with B = 0 a wrong scale would not show in the first loss. The last loss
-    stands on gradients and optimiser too. Raises ModelError above TOLERANCE.
+    B starts from noise: with B = 0 a wrong scale would not show in the first loss.
     """
-    layout, row = work.loaded.base.layout, work.start.cpu()[None].clone()
+    layout, row = work.world.base.layout, work.start.cpu()[None].clone()
     noise = torch.Generator().manual_seed(0)
     for piece in layout.pieces[1::2]:
         layout.view(row, piece).normal_(std=0.02, generator=noise)
     work = replace(work, start=row[0].to(work.start.device))
-    want = stock.round(work)
-    error = 0.0
-    for shared in (False, True):
-        got = engine_round(work.train(shared_prefix=shared))
-        for ours, theirs in ((got.first, want.first), (got.last, want.last)):
-            error = max(error, float(np.max(np.abs(ours / theirs - 1))))
+    want = stock.round(work)[1]
+    got = [engine_round(work.train(shared_prefix=shared))[1] for shared in (False, True)]
+    error = max(float(np.abs(losses / want - 1).max()) for losses in got)
     if not error <= TOLERANCE:
-        raise ModelError(
-            f"engine and stock PEFT compute other losses: relative difference {error:.1e}",
-            expected=f"at most {TOLERANCE:.0e} in fp32", remedy="Nothing was timed.",
-        )  # fmt: skip
+        raise ModelError("|engine / stock - 1| of losses", got=error, expected=f"<= {TOLERANCE}")
     return error
 
 
-def arm(train: Callable[[Work], Trained], work: Work, warm: int, repeats: int) -> Arm[Trained]:
-    """An arm that warms up on one step of `warm` clients."""
-    return Arm(lambda: train(work), lambda: train(work.short(warm)), repeats)
+def arm(train: Callable[[Work], Trained], work: Work, repeats: int | None = None) -> Arm:
+    """An arm that warms up on one step of one client."""
+    return Arm(lambda: train(work), lambda: train(work.short()), repeats)
 
 
 def probe(work: Work) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of one stock step, after one to warm up, in every setting; and the fastest."""
-    spent, best = {}, {}
-    for dtype in (torch.bfloat16, torch.float32):
-        for attention in ("sdpa", "eager"):
-            setting = {"attn_implementation": attention, "dtype": dtype}
-            stock = Stock(work.loaded, work.config, **setting)
-            one = {stock.setting: arm(stock.round, work.short(1), 1, 1)}
-            spent[stock.setting] = harness.time_arms(one, 1, "probe")[stock.setting].median
-            best = setting if spent[stock.setting] == min(spent.values()) else best
-    return spent, best
+    spent: dict[str, float] = {}
+    for attention, dtype in product(("sdpa", "eager"), (torch.bfloat16, torch.float32)):
+        asked = {"attn_implementation": attention, "dtype": dtype}
+        stock = Stock(work, **asked)
+        one = {stock.setting: arm(stock.round, work.short())}
+        spent[stock.setting] = harness.time_arms(one, 1, "probe")[stock.setting].median
+        if spent[stock.setting] == min(spent.values()):
+            fastest = asked
+    return spent, fastest
 
 
-def measure(
-    name: str, work: Work, fastest: Stock, default: Stock | None, repeats: int, once: bool
-) -> dict[str, Any]:
-    """Time the arms of one setting; `once`: b0_default in the first repeat only."""
-    arms = {"engine": arm(engine_round, work, len(work.plan), repeats)}
-    if work.config.adapter.dropout == 0:
-        shared = work.train(shared_prefix=True)
-        arms["engine_shared_prefix"] = arm(engine_round, shared, len(work.plan), repeats)
-    arms["b1"] = arm(engine_round, work.train(slots=1), 1, repeats)
-    arms["b0"] = arm(fastest.round, work, 1, repeats)
-    if default and default.setting != fastest.setting:
-        arms["b0_default"] = arm(default.round, work, 1, 1 if once else repeats)
-    timed = harness.time_arms(arms, repeats, name)
-    if default and "b0_default" not in timed:
-        timed["b0_default"] = timed["b0"]
-    real = timed["engine"].value.tokens
-    if any(t.value.tokens != real for t in timed.values()):
+def measure(name: str, work: Work, fastest: dict[str, Any], quick: bool) -> dict[str, Any]:
+    """Time the arms of one setting. Raises RunError if their tokens differ."""
+    stock, default = Stock(work, **fastest), Stock(work)
+    train, dropout = work.config.train, work.config.adapter.dropout
+    arms = {"engine": arm(engine_round, work), "b0": arm(stock.round, work)}
+    arms["b1"] = arm(engine_round, work.train(slots=1))
+    if not dropout:
+        arms["engine_shared_prefix"] = arm(engine_round, work.train(shared_prefix=True))
+        if default.setting != stock.setting:
+            arms["b0_default"] = arm(default.round, work, 1 if quick else None)
+    timed = harness.time_arms(arms, (QUICK if quick else FULL)[1], name)
+    if not dropout:  # where the default is the fastest, it was timed as b0
+        timed.setdefault("b0_default", timed["b0"])
+    lengths = [work.world.store.lengths[b] for steps in work.batches for b in steps]
+    tokens = sum(int(n.sum()) for n in lengths)
+    if any(t.value[0] != tokens for t in timed.values()):
         raise RunError(f"{name}: the arms trained different numbers of tokens")
-    lengths = [work.loaded.store.lengths[b] for steps in work.batches for b in steps]
     return {
-        "clients": len(work.plan), "batch": work.config.train.batch, "tokens": real,
-        "sequences": sum(map(len, lengths)),
-        "padded_tokens": sum(len(n) * int(n.max()) for n in lengths),
-        "dropout": work.config.adapter.dropout,
-        "arms": {
-            arm: {
-                "seconds": t.seconds, "tokens_per_second": real / t.median,
-                "loss_first": float(t.value.first.mean()), "loss_last": float(t.value.last.mean()),
-            } for arm, t in timed.items()
-        },
-        "ratios": {
-            ours: {f"vs_{b}": harness.ratio(timed[b].seconds, timed[ours].seconds)
-                   for b in ("b0", "b0_default", "b1") if b in timed}
-            for ours in ("engine", "engine_shared_prefix") if ours in timed
-        },
+        "clients": len(work.plan), "batch": train.batch, "steps": train.steps, "dropout": dropout,
+        "tokens": tokens, "padded_tokens": sum(len(n) * int(n.max()) for n in lengths),
+        "b0": stock.setting, "b0_default": default.setting,
+        "arms": {k: {"seconds": t.seconds, "tokens_per_second": tokens / t.median,
+                     "loss_first": t.value[1][:, 0].mean(), "loss_last": t.value[1][:, 1].mean()}
+                 for k, t in timed.items()},
+        "ratios": {k: {f"vs_{b}": harness.ratio(timed[b].seconds, timed[k].seconds)
+                       for b in BASELINES if b in timed}
+                   for k in ("engine", "engine_shared_prefix") if k in timed},
     }  # fmt: skip
 
 
-def run(name: str, data: Path, quick: bool) -> dict[str, Any]:
-    """Check, probe, then time every setting."""
-    steps, repeats = (QUICK_STEPS, QUICK_REPEATS) if quick else (STEPS, REPEATS)
-    ...
+def run(model: str, data: Path, quick: bool) -> dict[str, Any]:
+    """Check, probe, then time every setting; returns the whole record."""
+    config = configure(model, data, 2, (2, 4, 0.0), "float32")
+    work = Work.build(config, load_world(config, seeds.run_key(config.run.seed)))
+    error = check_equal(work, Stock(work, attn_implementation="sdpa", dtype=torch.float32))
+    del work  # and its copy of the base
+    config = configure(model, data, (QUICK if quick else FULL)[0], SETTINGS["flowertune"])
+    world = load_world(config, seeds.run_key(config.run.seed))
+    works = {
+        name: Work.build(configure(model, data, config.train.steps, setting), world)
+        for name, setting in SETTINGS.items()
+        if not (quick and setting[2])
+    }
+    spent, fastest = probe(works["flowertune"])
+    rows = {name: measure(name, work, fastest, quick) for name, work in works.items()}
+    return {
+        "quick": quick, "machine": harness.machine(world.base.device) | describe(config, world),
+        "engine_dtype": world.base.precision, "probe_seconds": spent,
+        "equality": {"relative_difference": error, "tolerance": TOLERANCE}, "settings": rows,
+        "peak_memory_mib": peak_memory_mib(world.base.device),
+    }  # fmt: skip
+
+
+def report(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Print the table; returns the median ratios, a row of its own for the shared prefix."""
+    rows, summary = [], {}
+    for name, setting in result["settings"].items():
+        for arm, figures in setting["arms"].items():
+            ratios = setting["ratios"].get(arm, {})
+            texts = [harness.spread(ratios.get(f"vs_{b}")) for b in BASELINES]
+            rows.append([name, arm, f"{figures['tokens_per_second']:.0f}", *texts])
+            if ratios:
+                medians = {k: round(r["median"], 3) for k, r in ratios.items()}
+                summary[name + arm.removeprefix("engine")] = medians
+    columns = ("setting", "arm", "tokens/s", *(f"vs {b}" for b in BASELINES))
+    harness.show("A local round", columns, rows)
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = harness.options(str(__doc__).partition("\n")[0]).parse_args(argv)
+    torch.set_num_threads(given.threads)
+    try:
+        result = run(given.model, data_folder(given.data), given.quick)
+    except FedSimError as failure:
+        sys.exit(f"error: {failure}")
+    harness.finish("clients", result, report(result), given.save or not given.quick)
+
+
+if __name__ == "__main__":
+    main()

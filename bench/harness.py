@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,24 +31,22 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Arm(Generic[T]):
+class Arm:
     """One contestant: `warm_up` runs once, untimed; `run` is timed in the first `repeats`."""
 
-    run: Callable[[], T]
+    run: Callable[[], Any]
     warm_up: Callable[[], object]
     repeats: int | None = None  # None: in all of them
 
 
 @dataclass(frozen=True)
-class Timed(Generic[T]):
+class Timed:
     """Seconds of an arm's repeats, in order, and what its last one returned."""
 
     seconds: tuple[float, ...]
-    value: T
+    value: Any
 
     @property
     def median(self) -> float:
@@ -61,6 +59,8 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="at most 8 minutes; writes nothing")
     parser.add_argument("--save", action="store_true", help="write the results of --quick too")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="alias or folder")
+    parser.add_argument("--data", help="data folder (default: FEDSIM_DATA, else ../shared/data)")
     return parser
 
 
@@ -92,12 +92,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def time_arms(arms: Mapping[str, Arm[T]], repeats: int, label: str = "") -> dict[str, Timed[T]]:
+def time_arms(arms: Mapping[str, Arm], repeats: int, label: str = "") -> dict[str, Timed]:
     """Warm every arm up, then time all of them, repeat by repeat."""
     for arm in arms.values():
         arm.warm_up()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    values: dict[str, T] = {}
+    values: dict[str, Any] = {}
     for repeat in range(repeats):
         for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
             limit = arms[name].repeats
@@ -123,9 +123,9 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def spread(found: Mapping[str, float]) -> str:
-    """A ratio as text: median and range."""
-    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+def spread(found: Mapping[str, float] | None) -> str:
+    """A ratio as text, median and range; empty for None."""
+    return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})" if found else ""
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -135,7 +135,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         table.add_column(column, justify="left" if number < 2 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def finish(name: str, result: Mapping[str, Any], summary: Mapping[str, Any], save: bool) -> None:

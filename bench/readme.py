@@ -1,0 +1,99 @@
+"""Write the README's generated parts: the demo's output and the measured tables.
+
+    python bench/readme.py [--demo TEXT_FILE]    rewrite the parts between the markers
+    python bench/readme.py --check               exit 1 when the README is not what this would write
+
+`--demo` keeps a captured terminal output in bench/results/demo.txt first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+TITLES = {
+    "flowertune": "FlowerTune, 5 clients x batch 16",
+    "small_batch": "16 clients x batch 2",
+    "flowertune_dropout": "FlowerTune with dropout 0.075",
+}
+
+
+def demo() -> str:
+    """The captured output as a code block."""
+    file = RESULTS / "demo.txt"
+    return f"```\n{file.read_text(encoding='utf-8').rstrip()}\n```" if file.is_file() else ""
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    if not found:
+        return ""
+    if found["n"] == 1:
+        return f"{found['median']:.2f}"
+    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def clients() -> str:
+    """Rounds of fedsim against stock PEFT, from clients.json."""
+    file = RESULTS / "clients.json"
+    if not file.is_file():
+        return ""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = [
+        "| whole round, real tokens | tokens/s | x B0 | x B0 default | x B1 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["settings"].items():
+        for arm, ratios in row["ratios"].items():
+            title = TITLES[name] + (", shared prefix" if arm.endswith("shared_prefix") else "")
+            cells = [_cell(ratios.get(key)) for key in ("vs_b0", "vs_b0_default", "vs_b1")]
+            speed = row["arms"][arm]["tokens_per_second"]
+            lines.append(f"| {title} | {speed:,.0f} | {' | '.join(cells)} |")
+    steps, repeats = result["steps"], result["repeats"]
+    b0 = result["fastest"]
+    return "\n".join([
+        *lines, "",
+        f"SmolLM2-135M-Instruct ({result['precision']}), rank 32 on q_proj and v_proj, FinGPT "
+        f"sentiment, {steps} local steps, medians of {repeats} paired repeats with their range; "
+        f"{machine['cpu']}, {machine['threads']} threads, "
+        f"{', '.join(machine['flags']) or 'no bf16 instructions'}. "
+        f"**B0** is stock transformers and PEFT, one client after another, padded, in its fastest "
+        f"setting ({b0}); **B0 default** is what `from_pretrained` gives; **B1** is this engine "
+        "with one client in a pass and no shared prefix. Written by `make bench`.",
+    ])  # fmt: skip
+
+
+def render(text: str) -> str:
+    """The README with its generated parts renewed."""
+    for name, content in (("demo", demo()), ("bench", clients())):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        RESULTS.mkdir(exist_ok=True)
+        captured = arguments.demo.read_text(encoding="utf-8")
+        (RESULTS / "demo.txt").write_text(captured, encoding="utf-8")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if arguments.check:
+        sys.exit("README.md is not up to date: run bench/readme.py" if render(text) != text else 0)
+    readme.write_text(render(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

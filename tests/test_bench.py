@@ -1,0 +1,159 @@
+"""The benches' own arithmetic, and a whole quick run of bench_clients on a tiny model."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.config import Config
+from fedsim.data.embedded import finance
+from fedsim.errors import ModelError
+from fedsim.seeds import run_key
+from fedsim.world import load_world
+
+BENCH = Path(__file__).parents[1] / "bench"
+# peft 0.21 reads the old name of a property that transformers 5.23 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+def script(name: str) -> ModuleType:
+    """A bench by path: the folder is no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+harness = script("harness")
+bench = script("bench_clients")
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage before every timed run takes longer than the tiny runs themselves."""
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
+
+
+def test_ratio_pairs_the_repeats() -> None:
+    """6/2, 8/4, 10/5 = 3, 2, 2. Of 9 against 3, 1 there is one pair, 9/3."""
+    assert harness.ratio((6, 8, 10), (2, 4, 5)) == {"median": 2, "low": 2, "high": 3, "n": 3}
+    assert harness.ratio((9,), (3, 1)) == {"median": 3, "low": 3, "high": 3, "n": 1}
+    assert harness.spread(harness.ratio((6, 8, 10), (2, 4, 5))) == "2.00 (2.00-3.00)"
+    assert harness.spread(None) == ""
+
+
+def test_arms_are_warmed_up_then_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    clock = iter(float(n * n) for n in range(100))  # 0 1 4 9 16: spans of 1, 5, 9, 13
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    arms = {
+        name: harness.Arm(
+            lambda name=name: log.append(name) or len(log),
+            lambda name=name: log.append(f"warm {name}"),
+            limit,
+        )
+        for name, limit in (("a", None), ("b", None), ("c", 1))
+    }
+    timed = harness.time_arms(arms, 2)
+    assert log == ["warm a", "warm b", "warm c", "a", "b", "c", "b", "a"]
+    assert timed["a"].seconds == (1, 17) and timed["b"].seconds == (5, 13)
+    assert timed["c"].seconds == (9,) and timed["a"].value == 8 and timed["a"].median == 9
+
+
+def test_finish_writes_when_asked_and_ends_in_one_json_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    for save in (False, True):
+        harness.finish("x", {"seconds": (1.0, 2.0)}, {"vs": 2.5}, save)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"vs": 2.5}
+        assert (tmp_path / "results" / "x.json").is_file() == save
+    written = json.loads((tmp_path / "results" / "x.json").read_text())
+    assert written == {"seconds": [1.0, 2.0], "summary": {"vs": 2.5}}
+
+
+def test_machine_names_what_figures_depend_on() -> None:
+    found = harness.machine(torch.device("cpu"))
+    assert {"cpu", "cores", "flags", "threads", "versions", "commit", "dirty"} <= set(found)
+
+
+def test_equality_check_passes_and_notices_another_scale(settings: Callable[..., Config]) -> None:
+    config = settings(clients__number=2, server__fraction=1.0)
+    work = bench.Work.build(config, load_world(config, run_key(42)))
+    stock = bench.Stock(work, attn_implementation="sdpa", dtype=torch.float32)
+    assert bench.check_equal(work, stock) <= 1e-5
+    adapter = config.adapter.model_copy(update={"alpha": 1.05 * config.adapter.alpha})
+    other = bench.Work.build(config.model_copy(update={"adapter": adapter}), work.world)
+    with pytest.raises(ModelError, match=r"losses: got 0\.\d+; expected <= 0\.0001"):
+        bench.check_equal(other, stock)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder with the two files that the bench reads, filled from the embedded set."""
+    folder = tmp_path / "data" / "finance"
+    folder.mkdir(parents=True)
+    for name, rows in (("fingpt_sentiment.train", finance.train()), ("fpb.test", finance.test())):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows[:60])
+    return folder.parent
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bench_clients(
+    quick: bool, data: Path, tiny: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    small = {n: (2, 2, dropout) for n, (_, _, dropout) in bench.SETTINGS.items()}
+    monkeypatch.setattr(bench, "SETTINGS", small)
+    monkeypatch.setattr(bench, "FULL", (3, 2))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    threads = str(torch.get_num_threads())
+    options = ["--model", str(tiny("llama")), "--data", str(data), "--threads", threads]
+    bench.main([*options, *(["--quick", "--save"] if quick else [])])
+
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads((tmp_path / "results" / "clients.json").read_text())
+    three, plain = {"vs_b0", "vs_b0_default", "vs_b1"}, {"flowertune", "small_batch"}
+    rows = plain | {f"{name}_shared_prefix" for name in plain}
+    assert {name: set(row) for name, row in last.items()} == dict.fromkeys(rows, three) | (
+        {} if quick else {"flowertune_dropout": {"vs_b0", "vs_b1"}}
+    )
+    assert result["summary"] == last and result["quick"] == quick
+    settings = product(("sdpa", "eager"), ("bfloat16", "float32"))
+    assert set(result["probe_seconds"]) == {f"{a}, {d}" for a, d in settings}
+    assert result["equality"]["relative_difference"] <= 1e-4
+    assert {"cpu", "commit", "model", "data"} <= set(result["machine"])
+    for setting in result["settings"].values():
+        check_setting(setting, steps=2 if quick else 3)
+
+
+def check_setting(setting: dict[str, Any], steps: int) -> None:
+    """Every arm's figures are there and agree with each other."""
+    assert (setting["clients"], setting["batch"], setting["steps"]) == (2, 2, steps)
+    assert setting["tokens"] < setting["padded_tokens"]
+    assert {"engine", "b1", "b0"} <= set(setting["arms"])
+    for name, arm in setting["arms"].items():
+        repeats = len(arm["seconds"])
+        assert repeats == 2 or (name == "b0_default" and repeats == 1)
+        median = sum(arm["seconds"]) / repeats
+        assert arm["tokens_per_second"] == pytest.approx(setting["tokens"] / median)
+        for end in ("loss_first", "loss_last"):  # arms run in bf16 or fp32, some with dropout
+            assert arm[end] == pytest.approx(setting["arms"]["b0"][end], rel=0.05)
+
+
+def test_bench_clients_says_where_data_should_be(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"fingpt_sentiment.*--data DIR or set FEDSIM_DATA"):
+        bench.main(["--quick", "--data", str(tmp_path)])

@@ -1,0 +1,287 @@
+"""A configuration is complete, closed and frozen: what cannot hold is an error that says why.
+
+The keys are pinned, so that a new one is a visible change. Unknown keys, names and sections
+suggest the nearest known one; wrong types, impossible values and values that do not fit each other
+name the key, what was got and what was expected; a resolved configuration written to TOML and read
+again is the same. About 4 s.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from pydantic import ValidationError
+
+from fedsim import cli, domains, strategies
+from fedsim.config import KEYS, PRESETS, Config, build, override, preset, read_toml, resolved
+from fedsim.errors import ConfigError, DataError, FedSimError, nearest
+
+PINNED = """
+run.name run.seed run.protocol run.device run.out
+model.name model.revision model.dtype model.quantisation model.double_quantisation
+adapter.rank adapter.alpha adapter.dropout adapter.targets
+data.domain data.source data.dir data.train data.max_length data.limit
+clients.number clients.partition
+server.strategy server.rounds server.fraction server.min_clients server.export_every
+train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
+train.beta2 train.eps train.slots train.budget_tokens train.shared_prefix train.recompute
+evaluate.every evaluate.tasks evaluate.limit
+"""
+
+# key -> values that must be refused.
+REFUSED: dict[str, list[Any]] = {
+    "run.name": ["", ".", "..", "a/b", "a b", "a\n", 3], "run.seed": [-1, 1.5, "1", True],
+    "run.protocol": ["flower", 1], "run.device": ["gpu", "cuda:", "cuda:x", ""], "run.out": [1],
+    "model.name": [1], "model.revision": [1], "model.dtype": ["float16", "fp32"],
+    "model.quantisation": ["int8", 4], "model.double_quantisation": ["yes", 1],
+    "adapter.rank": [0, 1025, 8.0, "8"], "adapter.alpha": [0.0, -1.0, "16"],
+    "adapter.dropout": [-0.1, 1.0], "adapter.targets": ["q_proj", [1]],
+    "data.domain": [1], "data.source": ["disk"], "data.dir": [1], "data.train": [1],
+    "data.max_length": [7, 512.0], "data.limit": [0, -1],
+    "clients.number": [0, 1 << 28, 2.0], "clients.partition": ["dirichlet"],
+    "server.strategy": [1], "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
+    "server.min_clients": [0], "server.export_every": [0],
+    "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
+    "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
+    "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
+    "train.slots": [0], "train.budget_tokens": [15], "train.shared_prefix": ["no"],
+    "train.recompute": [1],
+    "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [0],
+}  # fmt: skip
+NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    section, _, leaf = key.partition(".")
+    return {section: {leaf: value}}
+
+
+def test_the_keys_are_pinned() -> None:
+    assert list(KEYS) == PINNED.split()
+    assert REFUSED.keys() == set(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values]
+)
+def test_impossible_values_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(nested(key, value), "here.toml")
+    assert str(caught.value).startswith(f"here.toml: {key}")
+    shown = value[0] if isinstance(value, list) else value
+    assert f"got {shown!r}" in str(caught.value)
+    assert "expected" in str(caught.value) and "--keys" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", NOT_FINITE)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=key):
+        build(nested(key, value), "here.toml")
+
+
+def test_clipping_can_be_switched_off() -> None:
+    assert build(nested("train.clip_norm", float("inf")), "here").train.clip_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "remedy"),
+    [
+        ({"train": {"step": 3}}, "train.step", "Did you mean 'train.steps'?"),
+        ({"server": {"fractoin": 0.1}}, "server.fractoin", "Did you mean 'server.fraction'?"),
+        ({"trian": {"steps": 3}}, "trian", "Did you mean 'train'?"),
+        ({"zzz": 1}, "zzz", "Known: adapter, clients, data, evaluate, model, run, server, train."),
+    ],
+)
+def test_unknown_keys_suggest_the_nearest(values: dict[str, Any], key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(values, "here.toml")
+    assert str(caught.value) == f"here.toml: unknown key {key!r}. {remedy}"
+
+
+def test_a_section_is_a_table() -> None:
+    with pytest.raises(ConfigError, match=r"here.toml: train: got 3; expected"):
+        build({"train": 3}, "here.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        ({"train": {"lr_min": 1e-3, "lr_max": 1e-4}}, ("train.lr_min", "train.lr_max")),
+        ({"train": {"budget_tokens": 256}}, ("train.budget_tokens", "data.max_length")),
+    ],
+)
+def test_values_that_do_not_fit_each_other(values: dict[str, Any], keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(values, "here.toml")
+    assert str(caught.value).startswith(f"here.toml: {keys[0]}: got ")
+    assert "expected" in str(caught.value) and keys[1] in str(caught.value)
+
+
+def test_equal_limits_fit() -> None:
+    config = build({"train": {"lr_min": 5e-5, "budget_tokens": 512}}, "here")
+    assert config.train.lr_min == config.train.lr_max
+    assert config.train.budget_tokens == config.data.max_length
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("number", "fraction", "least", "want"),
+    [(20, 0.1, 1, 2), (50, 0.1, 1, 5), (10, 0.25, 1, 2), (8, 0.05, 1, 1), (8, 0.05, 2, 2),
+     (8, 1.0, 1, 8), (3, 0.1, 5, 3), (100_000, 0.001, 1, 100)],
+)  # fmt: skip
+def test_clients_of_a_round(number: int, fraction: float, least: int, want: int) -> None:
+    values = {"clients": {"number": number},
+              "server": {"fraction": fraction, "min_clients": least}}  # fmt: skip
+    assert build(values, "here").per_round == want
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PRESETS.glob("*.toml")))
+def test_every_preset_builds(name: str) -> None:
+    config = build(preset(name), name)
+    assert config.data.domain in domains.known() and config.server.strategy in strategies.known()
+
+
+def test_there_is_a_demo() -> None:
+    assert build(preset("demo"), "demo").data.source == "embedded"
+
+
+@pytest.mark.parametrize("path", [None, *sorted(PRESETS.glob("*.toml"))])
+def test_resolved_is_read_back_as_it_was(tmp_path: Path, path: Path | None) -> None:
+    values = read_toml(path) if path else {
+        "data": {"limit": 7, "dir": 'a "b" \\ c', "source": "directory"},
+        "adapter": {"targets": ["q_proj", "v_proj"]}, "train": {"lr_max": 1 / 3, "eps": 1e-300},
+    }  # fmt: skip
+    config = build(values, "first")
+    file = tmp_path / "config.toml"
+    file.write_text(tomli_w.dumps(resolved(config)), encoding="utf-8")
+    assert build(read_toml(file), "again") == config
+    written = {f"{s}.{k}" for s, table in tomllib.loads(file.read_text()).items() for k in table}
+    optional = {"model.revision", "data.dir", "data.train", "data.limit", "evaluate.limit"}
+    assert set(KEYS) - optional <= written <= set(KEYS)
+
+
+def test_bad_toml_names_the_file_and_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("[run]\nname = 'x'\nseed == 3\n")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML: .*line 3"):
+        read_toml(file)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(b"\xff\xfe[run]")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        read_toml(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("train.steps=3", 3), ("train.lr_max = 1e-4", 1e-4), ("run.name=a=b", "a=b"),
+        ("data.dir=/some/where", "/some/where"), ('run.name="x"', "x"), ("run.name='1'", "1"),
+        ("train.shared_prefix=false", False), ('adapter.targets=["q", "v"]', ["q", "v"]),
+        ("model.name=org/name-1", "org/name-1"), ("data.train=", ""),
+    ],
+)  # fmt: skip
+def test_override(text: str, value: Any) -> None:
+    section, leaf = text.partition("=")[0].strip().split(".")
+    before: dict[str, Any] = {"run": {"seed": 1}}
+    after = override(before, [text])
+    assert after[section][leaf] == value and after["run"]["seed"] == 1
+    assert before == {"run": {"seed": 1}}
+
+
+def test_the_last_override_counts() -> None:
+    assert override({}, ["train.steps=3", "train.steps=4"]) == {"train": {"steps": 4}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.steps", "--set: got 'train.steps'; expected section.key=value."),
+        ("steps=3", "--set: got 'steps=3'; expected section.key=value."),
+        ("train.step=3", "--set: unknown key 'train.step'. Did you mean 'train.steps'?"),
+        ("=3", "--set: got '=3'; expected section.key=value."),
+        ("", "--set: got ''; expected section.key=value."),
+    ],
+)
+def test_bad_overrides(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override({}, [text])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("load", "key", "near", "name"),
+    [
+        (domains.load, "data.domain", "finanse", "finance"),
+        (strategies.load, "server.strategy", "fedavgg", "fedavg"),
+        (preset, "preset", "demoo", "demo"),
+    ],
+)
+def test_unknown_names(load: Any, key: str, near: str, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(near)
+    assert str(caught.value) == f"{key}: got {near!r}. Did you mean {name!r}?"
+    with pytest.raises(ConfigError, match=rf"^{key}: got 'qqqq'\. Known: .*{name}"):
+        load("qqqq")
+
+
+def test_domains_and_strategies_that_ship() -> None:
+    assert domains.known() == ["coding", "finance", "general", "medical"]
+    assert "fedavg" in strategies.known()
+    assert [domains.load(name).clients for name in domains.known()] == [10, 50, 20, 20]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the user's."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "half.py").write_text(
+        "from fedsim.strategies.fedavg import FedAvg\n"
+        "class Half(FedAvg):\n    '''Half a step.'''\n"
+        "STRATEGY = Half()\n"
+    )
+    (package / "field.py").write_text(
+        "from dataclasses import replace\nfrom fedsim.domains.finance import DOMAIN as F\n"
+        "DOMAIN = replace(F, name='mine', clients=3)\n"
+    )
+    (package / "empty.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_strategy_and_a_domain_of_ones_own(own: None) -> None:
+    assert inspect.getdoc(strategies.load("mine.half")) == "Half a step."
+    assert domains.load("mine.field").clients == 3
+    config, _ = cli.configure(None, None, "mine.field", None, ["server.strategy=mine.half"])
+    assert (config.clients.number, config.run.name) == (3, "field")
+
+
+@pytest.mark.parametrize("load", [domains.load, strategies.load])
+@pytest.mark.parametrize("name", ["mine.nothing", "nowhere.at.all", "mine.empty", ".half", "mine."])
+def test_a_dotted_path_that_leads_nowhere(own: None, load: Any, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_errors_are_one_paragraph() -> None:
+    error = FedSimError("key", got=3, expected="four", remedy="Add one.")
+    assert str(error) == "key: got 3; expected four. Add one."
+    assert str(DataError("it is gone")) == "it is gone."
+    assert nearest("b", ["c", "a"]) == "Known: a, c."
