@@ -33,7 +33,8 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python bench/bench_clients.py --save
+	$(BIN)/python bench/bench_clients.py --quick --save
+	$(BIN)/python bench/readme.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

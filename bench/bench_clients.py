@@ -16,7 +16,8 @@ adapters: optimiser state, resets, packing or padding, all steps; models are loa
 tokenised before. Tokens are real ones, without padding. First, engine and stock must give equal
 fp32 losses. `vs_x` is x's seconds over the engine's (or engine_shared_prefix's), paired within
 the run; `vs_b1` is what packing clients together gains. --quick takes 2 steps and 2 repeats,
-b0_default in the first only; the full run 3 repeats and one more row with LoRA dropout.
+b0_default for the first client only, once, its seconds scaled by tokens; the full run 3 repeats
+and one more row with LoRA dropout.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
-from harness import Arm
+from harness import Arm, Timed
 
 from fedsim import seeds
 from fedsim.adapters import initial_row
@@ -112,6 +113,10 @@ class Work:
         """The same round with other values in the configuration's section `train`."""
         section = self.config.train.model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={"train": section}))
+
+    def first(self) -> Work:
+        """All steps of the first client alone."""
+        return replace(self, plan=replace(self.plan, lanes=(np.arange(1),)))
 
     def short(self) -> Work:
         """One step of the first client."""
@@ -226,12 +231,17 @@ def measure(name: str, work: Work, fastest: dict[str, Any], quick: bool) -> dict
     if not dropout:
         arms["engine_shared_prefix"] = arm(engine_round, work.train(shared_prefix=True))
         if default.setting != stock.setting:
-            arms["b0_default"] = arm(default.round, work, 1 if quick else None)
+            part = work.first() if quick else work
+            arms["b0_default"] = arm(default.round, part, 1 if quick else None)
     timed = harness.time_arms(arms, (QUICK if quick else FULL)[1], name)
     if not dropout:  # where the default is the fastest, it was timed as b0
         timed.setdefault("b0_default", timed["b0"])
     lengths = [work.world.store.lengths[b] for steps in work.batches for b in steps]
     tokens = sum(int(n.sum()) for n in lengths)
+    if quick and "b0_default" in arms:  # one client's seconds, as if all were as fast
+        one = timed["b0_default"]
+        scaled = tuple(s * tokens / one.value[0] for s in one.seconds)
+        timed["b0_default"] = Timed(scaled, (tokens, one.value[1]))
     if any(t.value[0] != tokens for t in timed.values()):
         raise RunError(f"{name}: the arms trained different numbers of tokens")
     return {

@@ -54,11 +54,11 @@ def clients() -> str:
             cells = [_cell(ratios.get(key)) for key in ("vs_b0", "vs_b0_default", "vs_b1")]
             speed = row["arms"][arm]["tokens_per_second"]
             lines.append(f"| {title} | {speed:,.0f} | {' | '.join(cells)} |")
-    steps, repeats = result["steps"], result["repeats"]
-    b0 = result["fastest"]
+    first = next(iter(result["settings"].values()))
+    steps, repeats, b0 = first["steps"], len(first["arms"]["engine"]["seconds"]), first["b0"]
     return "\n".join([
         *lines, "",
-        f"SmolLM2-135M-Instruct ({result['precision']}), rank 32 on q_proj and v_proj, FinGPT "
+        f"SmolLM2-135M-Instruct ({result['engine_dtype']}), rank 32 on q_proj and v_proj, FinGPT "
         f"sentiment, {steps} local steps, medians of {repeats} paired repeats with their range; "
         f"{machine['cpu']}, {machine['threads']} threads, "
         f"{', '.join(machine['flags']) or 'no bf16 instructions'}. "

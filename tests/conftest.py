@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as CausalLM
 from transformers import (
     Gemma2Config,
     LlamaConfig,
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as CausalLM
 
 from fedsim.config import Config, build
 from fedsim.data.embedded import finance

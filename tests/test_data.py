@@ -120,14 +120,14 @@ def check_masks(tokenizer: Any, max_length: int, protocol: str) -> Counter[bool]
 
 
 @pytest.mark.parametrize("protocol", ["flowertune", "fedsim"])
-@pytest.mark.parametrize("max_length", [1024, 110, 150])
+@pytest.mark.parametrize("max_length", [1024, 150, 110, 98])
 def test_masks_follow_the_official_rule(tokenizer: Any, max_length: int, protocol: str) -> None:
     found = check_masks(tokenizer, max_length, protocol)
-    assert found[True] and (max_length == 1024 or found[False])
+    assert found[True] and bool(found[False]) is (max_length < 100)
 
 
 @pytest.mark.parametrize("protocol", ["flowertune", "fedsim"])
-@pytest.mark.parametrize("max_length", [512, 37, 60])
+@pytest.mark.parametrize("max_length", [512, 60, 36, 30])
 def test_masks_of_a_real_tokenizer(
     monkeypatch: pytest.MonkeyPatch, max_length: int, protocol: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_masks_of_a_real_tokenizer(
     require("model", bool(folders), f"no converted model lies in {USER_CACHE}/models")
     real = weights.tokenizer(weights.Weights(folders[0], "folder", "real"))
     found = check_masks(real, max_length, protocol)
-    assert found[True] and (max_length == 512 or found[False])
+    assert found[True] and bool(found[False]) is (max_length < 40)
 
 
 def test_one_example_by_hand(tokenizer: Any) -> None:
@@ -174,14 +174,14 @@ def test_all_templates_lost_is_an_error(tokenizer: Any) -> None:
 
 
 class Counting:
-    """A tokenizer that counts its calls."""
+    """A tokenizer that counts the texts it is given in lists."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.inner, self.calls = tokenizer, 0
+        self.inner, self.texts = tokenizer, 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self.inner(*args, **kwargs)
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        self.texts += len(text) if isinstance(text, list) else 0
+        return self.inner(text, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -203,10 +203,10 @@ def test_the_second_time_nothing_is_tokenised(
         return tokens.training_store(rows, FINANCE, counting, config)
 
     first = store()
-    assert counting.calls == 1 and len(list(cache.iterdir())) == 1
-    tokenizer(["another"], padding=True, truncation=True, max_length=4)  # leaves state behind
+    assert counting.texts == 200 and len(list(cache.iterdir())) == 1
+    tokenizer(["another"], truncation=True, max_length=4)  # leaves state behind
     second = store()
-    assert counting.calls == 1 and len(first) == config.data.limit
+    assert counting.texts == len(first) == config.data.limit == 200
     for name in ("ids", "offsets", "label_start"):
         assert np.array_equal(getattr(first, name), getattr(second, name))
     assert isinstance(second.ids, np.memmap) and second.ids.dtype == np.int32
@@ -236,7 +236,7 @@ def test_whatever_changes_the_tokens_is_in_the_key(
         counting.inner.add_tokens(AddedToken("Response"))
     config = settings(**change) if isinstance(change, dict) else settings()
     tokens.training_store(rows, domain, counting, config)
-    assert counting.calls == 1 and len(list(cache.iterdir())) == 2
+    assert counting.texts == config.data.limit and len(list(cache.iterdir())) == 2
 
 
 def test_a_store_is_made_whole_or_not_at_all(
@@ -352,7 +352,7 @@ def test_no_source_in_place_of_another(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(datasets, "load_dataset", offline)
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     data = Data(source="hub")
-    with pytest.raises(DataError, match=r"flwrlabs/fingpt-sentiment-train.*ConnectionError.*--data"):
+    with pytest.raises(DataError, match=r"flwrlabs/fingpt.*ConnectionError.*--data-dir"):
         sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
     general = domains.load("general")
     with pytest.raises(DataError, match=r"data.source: got 'embedded'.*'general'"):
@@ -502,7 +502,7 @@ def test_what_a_visit_sees(protocol: str, repeats: bool) -> None:
     assert visit(1) == visit(1)
     assert (visit(1) == visit(2)) is repeats
     assert visit(1, client=3) != visit(1, client=4)
-    seen = sum(visit(1), [])
+    seen = [example for step in visit(1) for example in step]
     assert len(set(seen)) == 12 and set(seen) <= set(owned.tolist())
 
 
@@ -524,7 +524,8 @@ def test_every_epoch_sees_every_example_once(protocol: str, size: int) -> None:
 @pytest.mark.parametrize("rounds", [1, 2, 7, 200])
 def test_the_learning_rate_is_a_cosine_over_the_rounds(rounds: int) -> None:
     rates = [cosine_lr(r, rounds, 5e-5, 1e-6) for r in range(1, rounds + 1)]
-    assert rates[-1] == 1e-6 and all(a > b for a, b in zip(rates, rates[1:]))
+    assert rates[-1] == 1e-6 and rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == rounds
     assert cosine_lr(0, rounds, 5e-5, 1e-6) == pytest.approx(5e-5, rel=1e-15)
     assert cosine_lr(rounds, 2 * rounds, 5e-5, 1e-6) == pytest.approx(2.55e-5, rel=1e-12)
 

@@ -6,7 +6,7 @@ and clipping, with and without a shared prefix, with and without dropout; batche
 the same clients alone, in any order, slot count and token budget; bitwise repeatability and
 isolation; packing without padding; each client's own mean loss; counted dropout masks; activation
 recompute bit for bit; sick clients alone; refusals of what would be computed wrongly; no gradient
-below the first adapter; 4-bit and bf16 bases. About 40 seconds on one thread.
+below the first adapter; 4-bit and bf16 bases. About 30 seconds on one thread.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ STEPS = (3, 2, 4, 1)
 
 
 def examples(shift: int = 0, client: int = -1) -> TokenStore:
-    """Short random examples; each client's share a prompt prefix. `shift` renames the tokens of
-    one client, keeping every length."""
+    """Short random examples; each client's share a prompt prefix, client 2's the whole prompt.
+    `shift` renames the tokens of one client, keeping every length."""
     rng = np.random.default_rng(5)
     ids, starts = [], []
     for c in range(CLIENTS):
         prefix = rng.integers(1, 384, 9 + c)
         for e in range(EXAMPLES):
             answer = 1 + (c + 2 * e) % 6
-            row = np.concatenate([prefix, rng.integers(1, 384, 3 + (e * 5 + c) % 8 + answer)])
+            own = 0 if c == 2 else 3 + (e * 5 + c) % 8
+            row = np.concatenate([prefix, rng.integers(1, 384, own + answer)])
             ids.append((row + shift) % 383 + 1 if c == client else row)
             starts.append(len(row) - answer)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
@@ -364,7 +365,7 @@ def test_passes_hold_every_token_once(shared_prefix: bool, budget: int) -> None:
     passes = pack_step(
         store, work, budget=budget, shared_prefix=shared_prefix, device=torch.device("cpu")
     )
-    rebuilt, labels, weight, packed = [], [], torch.zeros(CLIENTS), 0
+    rebuilt, labels, weight, packed, saved = [], [], torch.zeros(CLIENTS), 0, 0
     for batch in passes:
         assert len(batch) == batch.lengths.sum() <= budget
         packed += len(batch)
@@ -373,8 +374,9 @@ def test_passes_hold_every_token_once(shared_prefix: bool, budget: int) -> None:
         ids = np.split(batch.input_ids.numpy(), ends[:-1])
         positions = np.split(batch.position_ids.numpy(), ends[:-1])
         for b, parent in enumerate(batch.parent):
-            if b in batch.parent:
-                continue  # a prefix alone is no example
+            if b in batch.parent:  # a prefix alone is no example
+                saved += ((batch.parent == b).sum() - 1) * batch.lengths[b]
+                continue
             chain = [b] if parent < 0 else [parent, b]
             row = np.concatenate([ids[i] for i in chain])
             where = np.concatenate([positions[i] for i in chain])
@@ -389,7 +391,7 @@ def test_passes_hold_every_token_once(shared_prefix: bool, budget: int) -> None:
     assert labels == [(slot, t) for slot, e in want for t in store.of(e)[store.label_start[e] :]]
     torch.testing.assert_close(weight, torch.ones(CLIENTS))
     real = sum(len(store.of(e)) for _, e in want)
-    assert packed == real if not shared_prefix or budget == 32 else packed < real
+    assert packed == real - saved and (saved > 0) == shared_prefix
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -554,6 +556,26 @@ def test_a_diverged_client_keeps_its_last_finite_row(lab: Callable[..., Lab]) ->
     assert torch.isfinite(rows[2]).all() and torch.equal(rows[2], once[2])
 
 
+def test_a_client_that_was_sick_once_stays_out(
+    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its first gradient is NaN: it fails and rests at its start, others train on."""
+    one = lab()
+    healthy, _ = one.train(range(CLIENTS), (3,) * CLIENTS)
+    step = AdapterBank.step
+
+    def spy(self: AdapterBank, **settings: Any) -> Tensor:
+        if settings["step"][0] == 1:
+            self.grads[1] = float("nan")
+        return step(self, **settings)
+
+    monkeypatch.setattr(AdapterBank, "step", spy)
+    rows, ok = one.train(range(CLIENTS), (3,) * CLIENTS)
+    assert ok.tolist() == [True, False, True, True]
+    assert torch.equal(rows[1], one.start)
+    assert torch.equal(rows[[0, 2, 3]], healthy[[0, 2, 3]])
+
+
 @pytest.mark.xfail(
     strict=True, reason="only the gradient is looked at: a row may overflow in a client's last step"
 )
@@ -687,7 +709,9 @@ def test_quantised_base_has_the_weights_of_a_4_bit_model(
     """Against transformers' own 4-bit loading: every linear, and the head left alone."""
     from transformers import BitsAndBytesConfig
 
-    require("quant", importlib.util.find_spec("bitsandbytes") is not None, "no bitsandbytes")
+    for package in ("bitsandbytes", "accelerate"):
+        there = importlib.util.find_spec(package) is not None
+        require("quant", there, f"{package} is not installed")
     import bitsandbytes.functional as bnb
 
     config = settings(model__quantisation=kind, model__double_quantisation=double)

@@ -36,8 +36,8 @@ from fedsim.core import ServerState
 from fedsim.errors import RunError
 
 ROUNDS, ASKED = 4, 16  # questions of an evaluation
-KINDS = ("half clients.jsonl", "half newswire.jsonl", "half adapter", "half state", "write", "fsync",
-         "replace", "link", "step", "answer")  # fmt: skip
+HALVES = ("half clients.jsonl", "half newswire.jsonl", "half adapter", "half state")
+KINDS = (*HALVES, "write", "fsync", "replace", "link", "step", "answer")
 TIMED = ("seconds", "peak_memory_mib")  # of a line in rounds.jsonl
 
 # ---------------------------------------------------------------------------------- the child

@@ -225,6 +225,10 @@ def test_masks_compare_words_with_integers() -> None:
         got = mask(0.3, features, module=9, round=3, client=7, step=5, sequence=2)
         assert torch.equal(got, words >= 1288490188)
     assert mask(0.0).all()
+    edge = int(words[2, 5])  # position 2, feature 5
+    for threshold, kept in ((edge, True), (edge + 1, False)):
+        again = mask(threshold / 2**32, module=9, round=3, client=7, step=5, sequence=2)
+        assert bool(again[2, 5]) == kept
 
 
 @pytest.mark.parametrize(
