@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsim import config as configuration
@@ -49,36 +50,38 @@ def configure(
     ignored: tuple[str, ...] = ()
     origin = preset or "defaults"
     if source is not None:
-        origin = str(source)
+        origin, source = str(source), source.resolve()
         if not source.exists():
             raise ConfigError("configuration", got=origin, expected="an existing file or folder")
         if source.is_file():
             read = configuration.read_toml(source)
         elif (source / "config.toml").is_file():
             read = configuration.read_toml(source / "config.toml")
-            place = {"out": str(source.parent), "name": source.name}
-            read["run"] = read.get("run", {}) | place
+            read = configuration.merge(
+                read, {"run": {"out": str(source.parent), "name": source.name}}
+            )
         elif flowertune.is_app(source):
             chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
-            read_app = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
-            read, ignored = read_app.values, read_app.ignored
+            imported = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
+            read, ignored = imported.values, imported.ignored
         else:
             raise ConfigError(
                 "configuration", got=origin,
                 expected="a TOML file, a FlowerTune app's folder or a run's folder",
             )  # fmt: skip
-        for section, keys in read.items():
-            known = values.get(section, {})
-            values[section] = known | keys if isinstance(keys, dict) else keys
-    extra = [f"data.domain='{domain}'"] if domain else []
+        values = configuration.merge(values, read)
+    if domain is not None:
+        values = configuration.merge(values, {"data": {"domain": domain}})
     if data_dir is not None:
-        extra += ["data.source='directory'", f"data.dir='{data_dir}'"]
-    values = configuration.override(values, [*extra, *assignments])
-    data = values.get("data", {})
-    name = data.get("domain", configuration.Data().domain)
-    values.setdefault("run", {}).setdefault("name", name.rpartition(".")[2])
-    values.setdefault("clients", {}).setdefault("number", domains.load(name).clients)
-    return configuration.build(values, origin), ignored
+        place = {"source": "directory", "dir": str(data_dir)}
+        values = configuration.merge(values, {"data": place})
+    values = configuration.override(values, assignments)
+    name = configuration.build(values, origin).data.domain
+    defaults = {
+        "run": {"name": name.rpartition(".")[2]},
+        "clients": {"number": domains.load(name).clients},
+    }
+    return configuration.build(configuration.merge(defaults, values), origin), ignored
 
 
 @app.command()
@@ -94,20 +97,25 @@ def run(
     """Simulate federated fine-tuning, evaluating before and after."""
     config, ignored = configure(source, preset, domain, data_dir, assignments or [])
     if ignored:
-        out.print(f"[yellow]Not executed:[/yellow] {', '.join(ignored)}")
+        out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     _quiet()
     from fedsim import display, report, simulate
     from fedsim.record import Meter
 
     c = config
     out.print(
-        f"[bold]{c.run.name}[/bold]  {c.data.domain} · {c.model.name} · {c.server.strategy} · "
+        f"[bold]{c.run.name}[/bold]  {c.data.domain} · {escape(c.model.name)} · "
+        f"{c.server.strategy} · "
         f"{c.per_round} of {c.clients.number} clients a round · {c.server.rounds} rounds · "
         f"data: {c.data.source}"
     )
     meter = Meter()
-    with display.Display(out, meter):
-        folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter)
+    try:
+        with display.Display(out, meter):
+            folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter)
+    except KeyboardInterrupt:
+        err.print("stopped; go on with --resume")
+        raise typer.Exit(130) from None
     changes = report.changes(folder)
     report.write(folder)
     if changes:
@@ -135,7 +143,7 @@ def plan(
     estimate = cost.estimate(config)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in estimate.lines():
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(f"[dim]{name}[/dim]", escape(value))
     out.print(table)
     if estimate.over_budget:
         out.print(f"[red]{estimate.over_budget}[/red]")
@@ -173,7 +181,7 @@ def doctor() -> None:
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in check.findings():
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(f"[dim]{name}[/dim]", escape(value))
     out.print(table)
 
 
@@ -181,6 +189,7 @@ def _quiet() -> None:
     """Keep libraries' progress bars and advice out of a display that is ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import transformers
@@ -193,11 +202,8 @@ def main() -> None:
     try:
         app()
     except FedSimError as error:
-        err.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("\nstopped; go on with --resume")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

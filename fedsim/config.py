@@ -18,11 +18,11 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 class Section(BaseModel):
     """Frozen, strict (a string is never taken for a number), closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder below `out`")
+    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="folder below `out`")
     seed: int = Field(42, ge=0)
     protocol: Literal["fedsim", "flowertune"] = "fedsim"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -72,7 +72,7 @@ class Train(Section):
     lr_max: float = Field(5e-5, gt=0)
     lr_min: float = Field(1e-6, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: no clipping")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -163,7 +163,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; a syntax error names the file and the line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as failure:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
         raise ConfigError(f"{path} is not valid TOML: {failure}") from None
 
 
@@ -176,9 +176,18 @@ def preset(name: str) -> dict[str, Any]:
     return read_toml(path)
 
 
+def merge(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings, section by section; `over` wins. What is no section is left to `build`."""
+    out = dict(values)
+    for section, keys in over.items():
+        known = out.get(section, {})
+        if isinstance(known, Mapping):
+            out[section] = {**known, **keys} if isinstance(keys, Mapping) else keys
+    return out
+
+
 def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Apply `section.key=value` assignments; a value is TOML, or else a plain string."""
-    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for text in assignments:
         key, equals, value = text.partition("=")
         section, dot, leaf = key.strip().partition(".")
@@ -190,8 +199,8 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
             parsed = tomllib.loads(f"v = {value.strip()}")["v"]
         except tomllib.TOMLDecodeError:
             parsed = value.strip()
-        out.setdefault(section, {})[leaf] = parsed
-    return out
+        values = merge(values, {section: {leaf: parsed}})
+    return values
 
 
 def resolved(config: Config) -> dict[str, Any]:

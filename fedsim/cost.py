@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim import domains, peft_io, seeds, weights
+from fedsim import domains, peft_io, seeds, strategies, weights
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, pick_device
 from fedsim.data import partition, sources, tokens
@@ -79,6 +79,7 @@ def estimate(config: Config) -> Estimate:
     """Count a run's cost from the model's configuration and, where they are here, its data."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    strategies.load(config.server.strategy)
     found = weights.find(config.model.name, config.model.revision)
     hf = AutoConfig.from_pretrained(found.path)
     check_config(hf, config.data.max_length)

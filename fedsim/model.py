@@ -107,12 +107,11 @@ def check_config(hf: Any, max_length: int) -> None:
             )  # fmt: skip
     rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
     kinds = [rope, *[v for v in rope.values() if isinstance(v, dict)]]
-    limit = rope.get("original_max_position_embeddings") or getattr(
-        hf, "original_max_position_embeddings", None
-    ) or hf.max_position_embeddings  # fmt: skip
+    whole = getattr(hf, "original_max_position_embeddings", None) or hf.max_position_embeddings
     for kind in kinds:
         # These choose their frequencies by the longest sequence of the whole pass, so one
         # client's long sequence would change another's numbers.
+        limit = kind.get("original_max_position_embeddings") or whole
         if kind.get("rope_type") in ("longrope", "dynamic") and max_length > limit:
             raise ModelError(
                 f"data.max_length with {kind['rope_type']} positions", got=max_length,

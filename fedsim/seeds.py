@@ -28,7 +28,9 @@ from fedsim.errors import ConfigError
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_LIMITS = {"client": 1 << 28, "round": 1 << 16, "step": 1 << 16, "sequence": 1 << 16}
+_LIMITS = {
+    "client": 1 << 28, "round": 1 << 16, "step": 1 << 16, "sequence": 1 << 16, "module": 1 << 16,
+}  # fmt: skip
 
 
 class Purpose(enum.IntEnum):
@@ -90,7 +92,7 @@ def words(
     module: int = 0,
 ) -> Tensor:
     """The first `count` words of one stream: (count,) int64 in [0, 2^32)."""
-    check_limits(client=client, round=round, step=step, sequence=sequence)
+    check_limits(client=client, round=round, step=step, sequence=sequence, module=module)
     c0 = torch.arange((count + 3) // 4, dtype=torch.int64)
     rest = [sequence << 16 | module, round << 16 | step, int(purpose) << 28 | client]
     c1, c2, c3 = (torch.tensor(c, dtype=torch.int64) for c in rest)

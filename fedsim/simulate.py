@@ -11,6 +11,7 @@ from fedsim.adapters import initial_row
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, RoundPlan, ServerState
+from fedsim.errors import RunError
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -56,7 +57,11 @@ def run(
             rule = strategy.rule(server, plan)
             seen: list[ClientUpdates] = []
             updates = (keep(seen, u) for u in trainer.train(plan, rule, meter))
-            server = strategy.aggregate(server, plan, updates, reduce)
+            try:
+                server = strategy.aggregate(server, plan, updates, reduce)
+            except RunError:  # the failed clients' losses are what a person looks for now
+                folder.append("clients.jsonl", client_lines(plan, seen))
+                raise
         if round in due:
             scores += score(folder, world, config, server, meter)
         if round % config.server.export_every == 0 or round == rounds:

@@ -40,7 +40,7 @@ def adamw_ref(
         max_norm: clip each row's norm to this; inf for no clipping.
 
     Returns:
-        (K,) fp32 gradient norms before clipping.
+        (K,) fp32 gradient norms before clipping; inf where the step itself overflowed.
     """
     norm: Tensor = torch.linalg.vector_norm(grad, dim=1)
     take = (active & torch.isfinite(norm))[:, None]
@@ -55,6 +55,10 @@ def adamw_ref(
     new_row = row * (1 - rate * weight_decay) if weight_decay else row.clone()
     denom = new_v.sqrt().div_(correct2).add_(eps)
     new_row.addcmul_(new_m / denom, rate / correct1, value=-1)
+    # A row that overflows in this very step is sick too, and keeps its last finite value.
+    burst = active & ~torch.isfinite(new_row).all(1)
+    norm = norm.masked_fill(burst, float("inf"))
+    take &= ~burst[:, None]
     for old, new in ((m, new_m), (v, new_v), (row, new_row)):
         torch.where(take, new, old, out=old)
     return norm

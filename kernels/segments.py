@@ -31,6 +31,8 @@ class Segments:
         cls, lengths: Sequence[int], slots: Sequence[int], parents: Sequence[int] | None = None
     ) -> Segments:
         """Check and freeze. Raises ValueError naming the sequence that is at fault."""
+        if any(int(n) != n for n in lengths):
+            raise ValueError(f"segments: got lengths {list(lengths)}; expected whole numbers.")
         lengths = tuple(int(n) for n in lengths)
         slots = tuple(int(s) for s in slots)
         parents = tuple(int(p) for p in parents) if parents is not None else (-1,) * len(lengths)
@@ -43,6 +45,10 @@ class Segments:
         for i, (n, s, p) in enumerate(zip(lengths, slots, parents, strict=True)):
             if n < 1:
                 raise ValueError(f"sequence {i}: got length {n}; expected >= 1. Leave it out.")
+            if s < 0 or p < -1:
+                raise ValueError(
+                    f"sequence {i}: got slot {s}, parent {p}; expected slot >= 0, parent >= -1."
+                )
             if s in seen and slots[i - 1] != s:
                 raise ValueError(
                     f"sequence {i}: slot {s} appears in two places; expected the sequences of a "

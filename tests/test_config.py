@@ -138,7 +138,8 @@ def test_a_configuration_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("number", "fraction", "least", "want"),
     [(20, 0.1, 1, 2), (50, 0.1, 1, 5), (10, 0.25, 1, 2), (8, 0.05, 1, 1), (8, 0.05, 2, 2),
-     (8, 1.0, 1, 8), (3, 0.1, 5, 3), (100_000, 0.001, 1, 100)],
+     (10, 0.28, 1, 2), (100, 0.29, 1, 28), (8, 1.0, 1, 8), (3, 0.1, 5, 3),
+     (100_000, 0.001, 1, 100)],
 )  # fmt: skip
 def test_clients_of_a_round(number: int, fraction: float, least: int, want: int) -> None:
     values = {"clients": {"number": number},

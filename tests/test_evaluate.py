@@ -8,6 +8,7 @@ that change how the prompt's end is tokenised, one pass and many. About 8 s.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsim import domains, evaluate, model, peft_io, seeds, weights
+from fedsim import domains, evaluate, model, peft_io, report, seeds, weights
 from fedsim.config import Config
 from fedsim.domains import PROMPT
 from fedsim.evaluate.choices import Answer, Question, answer, question
@@ -135,18 +136,23 @@ def test_any_tree(
 
 
 def test_a_greedy_choice_is_seen(settings: Callable[..., Config], pair: Any) -> None:
-    """The stock model's own continuation is greedy; with another last token it is not."""
+    """The stock model's own continuation is greedy; with another token in it, it is not."""
     both = pair(settings("llama"), "llama")
     ids = torch.arange(20, 30)[None]
     with torch.no_grad():
         for _ in range(3):
             ids = torch.cat([ids, both.stock(ids).logits[:, -1:].argmax(-1)], 1)
     right = ids[0].numpy()
-    wrong = right.copy()
-    wrong[-1] = (wrong[-1] + 1) % 384
-    q = Question((right, wrong, right[:11]), (10, 10, 10), 10)
-    (got,) = check(both, [q], 1000)
-    assert got.greedy.tolist() == [True, False, True]
+    wrong_at_last = right.copy()
+    wrong_at_last[-1] = (wrong_at_last[-1] + 1) % 384
+    wrong_at_first = right[:12].copy()
+    wrong_at_first[10] = (wrong_at_first[10] + 1) % 384
+    with torch.no_grad():  # what follows is what the model would write there
+        follows = both.stock(torch.as_tensor(wrong_at_first[:11])[None]).logits[0, -1].argmax()
+    wrong_at_first[11] = int(follows)
+    choices = (right, wrong_at_last, wrong_at_first, right[:11])
+    (got,) = check(both, [Question(choices, (10,) * 4, 10)], 1000)
+    assert got.greedy.tolist() == [True, False, False, True]
 
 
 def test_many_rows_of_logits(settings: Callable[..., Config], pair: Any) -> None:
@@ -222,6 +228,20 @@ def test_a_paired_difference_by_hand() -> None:
     assert change == 0.25
     assert low == pytest.approx(0.25 - 0.93827, abs=1e-4)
     assert high == pytest.approx(0.25 + 0.93827, abs=1e-4)
+
+
+def test_the_table_compares_the_first_evaluation_with_the_last(tmp_path: Path) -> None:
+    hits = {0: [True, False, False, True], 5: [False] * 4, 9: [True, True, True, False]}
+    records = [{"round": round, "likelihood": hit, "exact": not hit}
+               for round, row in hits.items() for hit in row]  # fmt: skip
+    (tmp_path / "eval").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in records)
+    (tmp_path / "eval" / "newswire.jsonl").write_text(text)
+    first, second = report.changes(tmp_path)
+    assert (first.task, first.metric, second.metric) == ("newswire", "likelihood", "exact")
+    assert (first.n, first.before, first.after, first.change) == (4, 0.5, 0.75, 0.25)
+    assert (second.before, second.after, second.change) == (0.5, 0.25, -0.25)
+    assert (first.low, first.high) == (-second.high, -second.low) and not first.significant
 
 
 @pytest.mark.parametrize("n", [2, 50])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
-from fedsim.errors import ConfigError, nearest
+from fedsim import names
 
 Row = Mapping[str, Any]
 
@@ -68,13 +66,10 @@ class Domain:
 
 def known() -> list[str]:
     """Names of the domains that ship with fedsim."""
-    return sorted(m.name for m in iter_modules(__path__))
+    return names.known(__name__)
 
 
 def load(name: str) -> Domain:
-    """A domain by file name, or the user's own by dotted path `package.module`."""
-    if "." not in name and name not in known():
-        raise ConfigError("data.domain", got=name, remedy=nearest(name, known()))
-    module = import_module(name if "." in name else f"{__name__}.{name}")
-    domain: Domain = module.DOMAIN
+    """A domain by file name, or the user's own by dotted path. Raises ConfigError."""
+    domain: Domain = names.load(__name__, name, "DOMAIN", "data.domain")
     return domain
