@@ -70,25 +70,29 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     server = checkpoint.server
     tensors: dict[str, Tensor] = {"row": server.row.cpu().contiguous()}
     tensors |= {f"memory.{k}": v.cpu().contiguous() for k, v in server.memory.items()}
-    state = {
-        "round": server.round,
-        "scores": checkpoint.scores,
-        "bytes": dict(checkpoint.bytes_done),
-        "sha256": _digest(tensors),
-    }
-    content = save(tensors, metadata={"fedsim": json.dumps(state)})
-    folder.mkdir(parents=True, exist_ok=True)
-    current = folder / FILE
-    if current.exists():
-        kept = folder / (PREVIOUS + ".partial")
-        kept.unlink(missing_ok=True)
-        os.link(current, kept)
-        kept.replace(folder / PREVIOUS)
+    state = json.dumps(
+        {
+            "round": server.round,
+            "scores": checkpoint.scores,
+            "bytes": dict(checkpoint.bytes_done),
+        }
+    )
+    content = save(tensors, metadata={"fedsim": state, "sha256": _digest(state, tensors)})
+    current, kept = folder / FILE, folder / (PREVIOUS + ".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if current.exists():
+            kept.unlink(missing_ok=True)
+            os.link(current, kept)
+            kept.replace(folder / PREVIOUS)
+            kept.unlink(missing_ok=True)  # renaming onto another link of the same file is a no-op
+    except OSError as failure:
+        raise write_failed(folder / PREVIOUS, failure) from failure
     write_atomic(current, content)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    h = hashlib.sha256()
+def _digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         h.update(name.encode() + tensors[name].numpy().tobytes())
     return h.hexdigest()
@@ -105,12 +109,14 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     try:
         with safe_open(path, framework="pt") as stream:
-            state = json.loads((stream.metadata() or {})["fedsim"])
+            metadata = stream.metadata() or {}
+            text, digest = metadata["fedsim"], metadata["sha256"]
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as failure:
         raise _damaged(folder, str(failure)) from failure
-    if _digest(tensors) != state["sha256"]:
+    if _digest(text, tensors) != digest:
         raise _damaged(folder, "its checksum does not match")
+    state = json.loads(text)
     row = tensors.pop("row")
     memory = {name.removeprefix("memory."): value for name, value in tensors.items()}
     server = ServerState(int(state["round"]), row, memory)

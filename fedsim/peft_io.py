@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedsim.checkpoint import write_failed
+from fedsim.checkpoint import write_atomic, write_failed
 from fedsim.config import Adapter
 from fedsim.core import AdapterLayout
 from fedsim.errors import ModelError
@@ -59,9 +59,9 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        with (partial / "adapter_model.safetensors").open("rb") as stream:
-            os.fsync(stream.fileno())
+        write_atomic(
+            partial / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
+        )
         shutil.rmtree(folder, ignore_errors=True)  # a killed round may have left its own
         partial.replace(folder)
     except OSError as failure:
@@ -70,28 +70,38 @@ def export(
 
 
 def load(folder: Path, layout: AdapterLayout) -> Tensor:
-    """Read a PEFT LoRA adapter into a row (P,) fp32.
+    """Read a PEFT LoRA adapter into a row (P,) fp32; a lower rank leaves its tail zero.
 
     Raises:
-        ModelError: a factor is missing or has another shape.
+        ModelError: a file or factor is missing, or a factor has another shape.
     """
     import torch
 
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as failure:
+        raise ModelError(
+            f"{folder} cannot be read ({failure})",
+            expected="adapter_config.json and adapter_model.safetensors",
+        ) from failure
     row = torch.zeros(1, layout.size)
-    for piece in layout.pieces:
-        name = f"{_PREFIX}{piece.module}.lora_{piece.kind}.weight"
-        found = tensors.get(name)
-        rank_axis = 0 if piece.kind == "A" else 1
-        if found is None or found.shape[1 - rank_axis] != piece.shape[1 - rank_axis] or (
-            found.shape[rank_axis] > layout.rank
-        ):  # fmt: skip
+    for module, views in layout.factors(row).items():
+        names = [f"{_PREFIX}{module}.lora_{kind}.weight" for kind in "AB"]
+        a, b = (tensors.get(name) for name in names)
+        (rank, features_in), features_out = views[0].shape[1:], views[1].shape[1]
+        r = a.shape[0] if a is not None else 0
+        fits = (
+            a is not None and b is not None and r <= rank
+            and a.shape == (r, features_in) and b.shape == (features_out, r)
+        )  # fmt: skip
+        if a is None or b is None or not fits:
+            got = [None if t is None else tuple(t.shape) for t in (a, b)]
             raise ModelError(
-                f"{folder}: {name}",
-                got=None if found is None else tuple(found.shape),
-                expected=f"shape {piece.shape}",
-                remedy=f"The adapter has r = {config.get('r')} for other targets or another base.",
-            )
-        layout.view(row, piece).narrow(1 + rank_axis, 0, found.shape[rank_axis]).copy_(found[None])
+                f"{folder}: {names[0]} and B", got=got,
+                expected=f"({rank}, {features_in}) and ({features_out}, {rank}), or a lower rank",
+                remedy=f"The adapter has r = {config.get('r')}, other targets or another base.",
+            )  # fmt: skip
+        views[0][0, :r].copy_(a)
+        views[1][0, :, :r].copy_(b)
     return row[0]

@@ -66,25 +66,20 @@ class Bomb:
         setattr(owner, name, counted)
 
     def arm(self) -> None:
-        from fedsim import evaluate, peft_io
+        from fedsim import evaluate
         from fedsim.adapters import AdapterBank
 
         for name in ("fsync", "replace", "link", "mkdir", "unlink", "rmdir"):
             self.before(os, name, name)
         self.before(AdapterBank, "step", "step")
         self.before(evaluate, "answer", "answer")
-        open_path, save_file = Path.open, peft_io.save_file
+        open_path = Path.open
 
         def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             stream = open_path(path, mode, *args, **kwargs)
             return stream if mode in ("r", "rb") else Stream(stream, self, path.name)
 
-        def saved(tensors: Any, path: Path, **kwargs: Any) -> None:
-            self.event(f"write {path.name}")
-            save_file(tensors, path, **kwargs)
-            self.event(f"half {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
-
-        Path.open, peft_io.save_file = opened, saved  # type: ignore[method-assign]
+        Path.open = opened  # type: ignore[method-assign]
 
 
 class Stream:

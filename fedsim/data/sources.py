@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -73,11 +74,15 @@ def _read_directory(data: Data, domain: Domain, dataset: DataSet) -> list[dict[s
             "data file", got=str(path), expected="an existing file",
             remedy=f"In {folder}: {', '.join(sorted(there)) or 'nothing'}.",
         )  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            rows += [json.loads(line) for line in lines]
-    except (OSError, EOFError, ValueError) as failure:
+            for line in lines:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row is an object, not {line.strip()[:40]!r}")
+                rows.append(row)
+    except (OSError, EOFError, ValueError, zlib.error) as failure:
         raise DataError(
             f"{path}, line {len(rows) + 1}: {failure}",
             expected="gzip-compressed JSON lines",

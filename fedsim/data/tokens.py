@@ -24,7 +24,7 @@ from fedsim.data.sources import Rows
 from fedsim.domains import PROMPT, RESPONSE_MARK, Domain
 from fedsim.errors import DataError
 
-_FORMAT = "1"  # raise when the meaning of the stored arrays changes
+_FORMAT = "4"  # raise when the meaning of the stored arrays changes
 
 
 @dataclass(frozen=True)
@@ -63,36 +63,49 @@ def cache_root() -> Path:
     return Path(os.environ.get("FEDSIM_CACHE") or Path.home() / ".cache" / "fedsim")
 
 
-def encode(
-    tokenizer: Any, texts: Sequence[str], starts: Sequence[int], max_length: int, eos: bool
-) -> list[tuple[list[int], int]]:
-    """Tokenise whole texts; say where the answer that starts at character `start` begins.
+def encode(tokenizer: Any, texts: Sequence[str], start: int) -> list[tuple[list[int], int]]:
+    """Tokenise whole texts, and say where the answers that begin at character `start` begin.
 
-    The answer's tokens are those that end after the start: tokenising prompt and answer apart
-    would write the boundary differently from how the model reads it. Truncation keeps the first
-    `max_length` tokens.
+    The answer's tokens are those that end after its first character: tokenising prompt and answer
+    apart would write the boundary differently from how the model reads it.
 
     Returns:
-        (ids, label_start) of each text; label_start == len(ids) when no label is left.
+        (ids, index of the answer's first token) of each text.
     """
     batch = tokenizer(list(texts), return_offsets_mapping=True)
     out = []
-    for ids, spans, start in zip(batch["input_ids"], batch["offset_mapping"], starts, strict=True):
-        first = next((i for i, (a, b) in enumerate(spans) if b > start and b > a), len(ids))
-        if eos:
-            ids = [*ids, tokenizer.eos_token_id]
-        out.append((ids[:max_length], min(first, max_length)))
+    for ids, spans in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+        after = (i for i, (a, b) in enumerate(spans) if b > start and b > a)
+        out.append((ids, next(after, len(ids))))
     return out
 
 
-def training_text(instruction: str, response: str) -> tuple[str, int]:
-    """FlowerTune's training text, and the character where its labels begin.
+def training_text(instruction: str, response: str) -> str:
+    """FlowerTune's training text."""
+    return PROMPT.format(instruction=instruction) + f" {response}"
 
-    The labels begin after the *last* response mark of the text, wherever it stands: a response
-    that quotes the mark loses what precedes it, as under the leaderboard's own collator.
+
+def mark_ids(tokenizer: Any) -> list[int]:
+    """The response mark as this tokenizer writes it in a training text."""
+    text = training_text("An instruction.", "an answer")
+    start = text.rfind(RESPONSE_MARK)
+    end = start + len(RESPONSE_MARK)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [token for token, (a, b) in pairs if a < end and b > start and b > a]
+
+
+def label_start(ids: Sequence[int], mark: Sequence[int]) -> int:
+    """The index after the *last* occurrence of the mark's tokens; len(ids) when there is none.
+
+    As under the leaderboard's collator: a response that quotes the mark loses what precedes it,
+    and a mark lost to truncation leaves no labels, or those after an earlier one.
     """
-    text = PROMPT.format(instruction=instruction) + f" {response}"
-    return text, text.rfind(RESPONSE_MARK) + len(RESPONSE_MARK)
+    n = len(mark)
+    for i in range(len(ids) - n, -1, -1):
+        if list(ids[i : i + n]) == list(mark):
+            return i + n
+    return len(ids)
 
 
 def _key(parts: Sequence[str]) -> str:
@@ -136,8 +149,10 @@ def build(
     folder = cache_root() / "tokens" / key
     names = ("ids", "offsets", "label_start")
     if not folder.is_dir():
-        texts, starts = zip(*(training_text(*pair) for pair in pairs), strict=True)
-        encoded = encode(tokenizer, texts, starts, max_length, eos=protocol == "fedsim")
+        mark, end = mark_ids(tokenizer), [tokenizer.eos_token_id] * (protocol == "fedsim")
+        texts = [training_text(*pair) for pair in pairs]
+        rows = [(ids + end)[:max_length] for ids in tokenizer(texts)["input_ids"]]
+        encoded = [(ids, label_start(ids, mark)) for ids in rows]
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         arrays = {
             "ids": np.concatenate([np.array(ids, dtype=np.int32) for ids, _ in encoded]),

@@ -45,7 +45,7 @@ class Answer:
 def question(tokenizer: Any, prompt: str, choices: Sequence[str]) -> Question:
     """Tokenise prompt + " " + choice whole, as in training, so the boundary reads the same."""
     texts = [f"{prompt} {choice}" for choice in choices]
-    encoded = encode(tokenizer, texts, [len(prompt)] * len(texts), 1 << 30, eos=False)
+    encoded = encode(tokenizer, texts, len(prompt))
     rows = tuple(np.array(ids) for ids, _ in encoded)
     stem = common_prefix(rows, min(len(r) for r in rows) - 1)
     return Question(rows, tuple(s for _, s in encoded), stem)
