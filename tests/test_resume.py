@@ -304,7 +304,7 @@ def test_the_undisturbed_run_is_complete(runs: Runs, whole: SimpleNamespace) -> 
     assert exported == ["round_00002", "round_00004"]
     halves = {name for name in whole.events if name.startswith("half")}
     assert {f"half {n}.jsonl" for n in ("rounds", "clients", "newswire")} < halves
-    assert f"half {FILE}.partial" in halves and "half adapter_model.safetensors" in halves
+    assert f"half {FILE}.partial" in halves and "half adapter_model.safetensors.partial" in halves
 
 
 def test_the_moments_are_spread_over_the_run(whole: SimpleNamespace) -> None:
