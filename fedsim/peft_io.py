@@ -65,8 +65,9 @@ def export(
         shutil.rmtree(folder, ignore_errors=True)  # a killed round may have left its own
         partial.replace(folder)
     except OSError as failure:
-        shutil.rmtree(partial, ignore_errors=True)
         raise write_failed(folder, failure) from failure
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: Path, layout: AdapterLayout) -> Tensor:
