@@ -104,10 +104,10 @@ def run(
 
     c = config
     out.print(
-        f"[bold]{c.run.name}[/bold]  {c.data.domain} · {escape(c.model.name)} · "
-        f"{c.server.strategy} · "
-        f"{c.per_round} of {c.clients.number} clients a round · {c.server.rounds} rounds · "
-        f"data: {c.data.source}"
+        f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "
+        f"{c.server.strategy} · {c.server.rounds} rounds · {c.per_round} of {c.clients.number} "
+        "clients each",
+        soft_wrap=True,
     )
     meter = Meter()
     try:

@@ -103,7 +103,7 @@ class Display:
             )
             failed = f"  [red]{line['failed']} failed[/red]" if line["failed"] else ""
             over = "  [red]over FlowerTune's budget[/red]" if line["over_budget"] else ""
-            self._progress.console.print(text + failed + over, highlight=False)
+            self._progress.console.print(text + failed + over, highlight=False, soft_wrap=True)
 
 
 def table(changes: list[Change]) -> Table:
