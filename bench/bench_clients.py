@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct on FinGPT sentiment, rank 32 on q_proj and v_proj, alpha 64, AdamW, 10 local
 steps; `flowertune` is 5 clients x batch 16, `small_batch` 16 clients x batch 2. Arms:
 
-    engine                all clients in one pass, nothing shared between sequences
+    engine                clients packed together, nothing shared between sequences
     engine_shared_prefix  the same, each client's common prompt prefix computed once a step
     b1                    this engine, one client per pass, no shared prefix
     b0                    stock transformers and PEFT, one client after another, batches padded to

@@ -77,7 +77,7 @@ class Train(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     slots: int = Field(32, ge=1, description="clients trained in one pass")
-    budget_tokens: int = Field(16384, ge=16, description="packed tokens in one pass")
+    budget_tokens: int = Field(0, ge=0, description="packed tokens in one pass; 0: by device")
     shared_prefix: bool = Field(
         True, description="compute a step's common prompt prefix once, where dropout is 0"
     )
@@ -109,7 +109,7 @@ class Config(Section):
                 f"train.lr_min: got {self.train.lr_min}; expected <= train.lr_max "
                 f"({self.train.lr_max})"
             )
-        if self.train.budget_tokens < self.data.max_length:
+        if 0 < self.train.budget_tokens < self.data.max_length:
             raise ValueError(
                 f"train.budget_tokens: got {self.train.budget_tokens}; expected >= "
                 f"data.max_length ({self.data.max_length}), or a sequence may not fit a pass"

@@ -14,7 +14,7 @@ from fedsim.core import AdapterLayout, pick_device
 from fedsim.data import partition, sources, tokens
 from fedsim.display import over_budget
 from fedsim.model import check_config, compute_dtype, target_linears
-from fedsim.plan import plan_round, step_examples, waves
+from fedsim.plan import pass_budget, plan_round, step_examples, waves
 from fedsim.record import MIB, total_mib, transfer_mib
 
 # fp32 rows, gradients and two moments; three more while AdamW steps, one row set going out.
@@ -122,4 +122,4 @@ def _tokens(config: Config, store: tokens.TokenStore) -> tuple[int, int]:
         total += int(per_step.sum())
         for wave in waves(np.arange(len(plan)), config.train.slots):
             longest = max(longest, int(per_step[wave].sum(0).max()))
-    return total, min(longest, config.train.budget_tokens)
+    return total, min(longest, pass_budget(config, pick_device(config.run.device)))

@@ -17,6 +17,16 @@ from fedsim.data.tokens import TokenStore
 _MIN_PREFIX = 8  # tokens; a shorter shared prefix costs more bookkeeping than it saves
 
 
+def pass_budget(config: Config, device: torch.device) -> int:
+    """Most packed tokens in one pass: `train.budget_tokens`, or what suits the device.
+
+    A GPU wants many tokens to fill it. A CPU wants activations that stay in its cache: a step of
+    6,800 tokens (SmolLM2-135M, 2 cores) took 16 to 21 s in one pass, 12.5 to 13.5 s in four.
+    """
+    fitting = 16384 if device.type == "cuda" else 2048
+    return config.train.budget_tokens or max(fitting, config.data.max_length)
+
+
 def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
     """lr_min + (lr_max - lr_min) (1 + cos(pi round / rounds)) / 2, for round 1..rounds.
 

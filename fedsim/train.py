@@ -16,7 +16,7 @@ from fedsim.core import ClientUpdates, LocalRule, PackedBatch, Population, Round
 from fedsim.data.tokens import TokenStore
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
-from fedsim.plan import pack_step, step_examples, waves
+from fedsim.plan import pack_step, pass_budget, step_examples, waves
 from fedsim_kernels.segments import Segments
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Trainer:
         total = torch.zeros(self.bank.slots, device=self.base.device)
         p = self.config.adapter.dropout
         batches = pack_step(
-            self.store, work, budget=self.config.train.budget_tokens,
+            self.store, work, budget=pass_budget(self.config, self.base.device),
             shared_prefix=self.config.train.shared_prefix and p == 0, device=self.base.device,
         )  # fmt: skip
         scale = [0.0] * self.bank.slots

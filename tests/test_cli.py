@@ -128,7 +128,7 @@ def test_a_run_and_what_it_leaves(fedsim: Command, file: Path, tmp_path: Path) -
     result = fedsim("run", file)
     assert result.code == 0 and result.err == ""
     folder = tmp_path / "run"
-    for part in ("run  finance", "4 of 8 clients a round · 2 rounds", "round   1", "round   2",
+    for part in ("run  finance", "2 rounds · 4 of 8 clients each", "round   1", "round   2",
                  "accuracy, %", "newswire", "likelihood", "before", "after", "95 % interval",
                  "embedded data: not a leaderboard score", str(folder / "report.html"),
                  str(folder / "adapters" / "round_00002")):  # fmt: skip

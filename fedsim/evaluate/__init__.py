@@ -17,6 +17,7 @@ from fedsim.data import sources
 from fedsim.domains import PROMPT, Domain, Example
 from fedsim.evaluate.choices import Question, answer, question
 from fedsim.model import Base
+from fedsim.plan import pass_budget
 
 METRICS = ("likelihood", "exact")
 _Z = 1.959963984540054  # two-sided 95 % of a normal
@@ -69,7 +70,7 @@ def evaluate(
     records: dict[str, list[dict[str, Any]]] = {}
     for task, questions in tests.questions.items():
         answers = answer(base, row, config.adapter.alpha / config.adapter.rank, questions,
-                         config.train.budget_tokens)  # fmt: skip
+                         pass_budget(config, base.device))  # fmt: skip
         lines = []
         for i, (example, got) in enumerate(zip(tests.examples[task], answers, strict=True)):
             lines.append(
