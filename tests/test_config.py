@@ -50,7 +50,7 @@ REFUSED: dict[str, list[Any]] = {
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
-    "train.slots": [0], "train.budget_tokens": [15], "train.shared_prefix": ["no"],
+    "train.slots": [0], "train.budget_tokens": [-1], "train.shared_prefix": ["no"],
     "train.recompute": [1],
     "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [0],
 }  # fmt: skip
