@@ -61,7 +61,7 @@ inline vf load(const bf16* p) {
 inline void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
 inline void store(bf16* p, vf x) {
 #ifdef __AVX512BF16__
-    *reinterpret_cast<__m256bh*>(p) = _mm512_cvtneps_pbh((__m512)x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
     vu u = (vu)x;
     vu even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

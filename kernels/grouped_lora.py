@@ -97,9 +97,31 @@ def grouped_lora_backward_ref(
 # C++
 
 
+def _suffix(x: Tensor) -> str:
+    return "bf16" if x.dtype == torch.bfloat16 else "f32"
+
+
+def _site(a: Tensor, b: Tensor, columns: list[int], widths: list[int]) -> tuple[Any, ...]:
+    """The arguments that describe a site; the tensors among them must outlive the call."""
+    if a.stride()[1:] != (a.shape[2], 1) or b.stride()[1:] != (b.shape[2], 1):
+        raise ValueError("grouped LoRA: expected factors whose slots are contiguous.")
+    return (
+        a.shape[2], len(columns), b.shape[2], torch.tensor(columns), torch.tensor(widths),
+        a.stride(0), b.stride(0),
+    )  # fmt: skip
+
+
 def _native(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, tables: list[Tensor],
             columns: list[int], widths: list[int]) -> Tensor:  # fmt: skip
-    return grouped_lora_ref(y, x, a, b, scale, tables, columns, widths)
+    # Rows of no slot, and ranks beyond a slot's own, are zero.
+    h = a.new_zeros(len(x), a.shape[1])
+    x = x.contiguous()
+    site = _site(a, b, columns, widths)
+    native.call(
+        f"grouped_lora_{_suffix(x)}", y, y.stride(0), x, a, b, scale, h, tables[0],
+        len(tables[0]), *site,
+    )  # fmt: skip
+    return h
 
 
 def _native_backward(
@@ -107,9 +129,14 @@ def _native_backward(
     grad_b: Tensor, grad_x: Tensor | None, tables: list[Tensor], columns: list[int],
     widths: list[int],
 ) -> None:  # fmt: skip
-    grouped_lora_backward_ref(
-        g, x, h, a, b, scale, grad_a, grad_b, grad_x, tables, columns, widths
-    )
+    g, x = g.contiguous(), x.contiguous()
+    if grad_a.stride() != a.stride() or grad_b.stride() != b.stride():
+        raise ValueError("grouped LoRA: expected gradient arenas laid out as the factors.")
+    site = _site(a, b, columns, widths)
+    native.call(
+        f"grouped_lora_backward_{_suffix(x)}", g, g.stride(0), x, h, a, b, scale, grad_a, grad_b,
+        grad_x, tables[0], len(tables[0]), len(x), *site,
+    )  # fmt: skip
 
 
 define(
