@@ -131,16 +131,35 @@ def packed_attention_backward_ref(
 # C++
 
 
+def _describe(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float
+              ) -> tuple[Any, ...]:  # fmt: skip
+    strides = (s for x in (q, k, v) for s in x.stride()[:2])
+    return q.shape[1], k.shape[1], q.shape[2], *strides, scale, softcap, window
+
+
 def _native(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], scale: float, window: int,
             softcap: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return packed_attention_ref(q, k, v, tables, scale, window, softcap)
+    o = torch.zeros(q.shape, dtype=q.dtype)  # rows of no sequence stay zero
+    lse = torch.zeros(q.shape[:2])
+    name = "packed_attention_bf16" if q.dtype == torch.bfloat16 else "packed_attention_f32"
+    native.call(
+        name, q, k, v, o, lse, tables[1], len(tables[1]),
+        *_describe(q, k, v, scale, window, softcap),
+    )  # fmt: skip
+    return o, lse
 
 
 def _native_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: list[Tensor],
     scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return packed_attention_backward_ref(g, q, k, v, o, lse, tables, scale, window, softcap)
+    gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    kind = "bf16" if q.dtype == torch.bfloat16 else "f32"
+    native.call(
+        f"packed_attention_backward_{kind}", g, q, k, v, o, lse, gq, gk, gv, tables[1],
+        len(tables[1]), *_describe(q, k, v, scale, window, softcap),
+    )  # fmt: skip
+    return gq, gk, gv
 
 
 define(

@@ -1,0 +1,285 @@
+// Causal attention inside packed sequences; kernels/packed_attention.py has the equations.
+//
+// A task is one sequence (forward) or one family of sequences with a common ancestor (backward)
+// and one key head; nothing is shared between tasks, and every sum runs in the order of rows.
+// All products are in fp32, bf16 inputs included.
+#include "panel.h"
+
+namespace {
+
+constexpr int QUERIES = 128;  // rows of scores held at once: 128 x 512 keys are 256 KB
+
+struct Sequence {
+    int32_t start, length, parent, before;
+};
+
+struct Heads {
+    int64_t queries, keys, size;       // Hq, Hkv, D
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides in elements
+    float scale, softcap;
+    int64_t window;
+};
+
+inline vf vtanh(vf x) { return 1.f - 2.f / (vexp(2.f * x) + 1.f); }
+
+// Rows of T as fp32 [rows][wide], times `by`; columns beyond D are zero.
+template <class T>
+void rows_of(float* out, const T* p, int rows, int size, int wide, int64_t row, float by = 1.f) {
+    for (int m = 0; m < rows; m++)
+        for (int c = 0; c < wide; c += W) {
+            const T* from = p + m * row + c;
+            vf x = c + W <= size ? load(from) : load(from, std::max(0, size - c));
+            store(out + int64_t(m) * wide + c, x * by);
+        }
+}
+
+// [size][wide]: transposed from [rows][stride], zero beyond `rows`.
+void transpose(float* out, const float* p, int rows, int size, int64_t stride, int wide) {
+    for (int c = 0; c < size; c++)
+        for (int m = 0; m < wide; m++)
+            out[int64_t(c) * wide + m] = m < rows ? p[m * stride + c] : 0.f;
+}
+
+// The keys (or values) that a sequence sees, oldest ancestor first: [before + length][wide].
+template <class T>
+void gather(float* out, const T* p, const Sequence* all, int i, int size, int wide, int64_t row) {
+    for (int s = i; s >= 0; s = all[s].parent)
+        rows_of(out + int64_t(all[s].before) * wide, p + all[s].start * row, all[s].length, size,
+                wide, row);
+}
+
+// Scores of rows [first, first + rows) of a sequence against its keys, capped, -inf where unseen.
+// Columns beyond a block's last visible key are never computed, and never read.
+void scores(float* s, const float* q, const float* kt, int rows, int first, int before, int seen,
+            int wide_d, int size, const Heads& h) {
+    int wide = round_up(seen, W);
+    for (int m = 0; m < rows; m += ROWS) {
+        int some = std::min(ROWS, rows - m), limit = std::min(seen, before + first + m + some);
+        product<Single>(some, limit, size, q + int64_t(m) * wide_d, wide_d, 1, kt, wide,
+                        [&](int r, int c, vf x) {
+                            if (h.softcap > 0.f) x = vtanh(x / h.softcap) * h.softcap;
+                            store(s + int64_t(m + r) * wide + c, x);
+                        });
+        for (int r = m; r < m + some; r++) {
+            int at = before + first + r;
+            for (int c = at + 1; c < round_up(limit, W); c++) s[int64_t(r) * wide + c] = -INFINITY;
+            for (int64_t c = 0; h.window && c <= at - h.window; c++) s[r * wide + c] = -INFINITY;
+        }
+    }
+}
+
+template <class T>
+void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Sequence* all,
+             int64_t count, const Heads h, int threads) {
+    int size = int(h.size), wide_d = round_up(size, W), group = int(h.queries / h.keys);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < count * h.keys; task++) {
+        const Sequence& seq = all[task / h.keys];
+        int64_t head = task % h.keys;
+        int seen = seq.before + seq.length, wide = round_up(seen, W);
+        float* keys = scratch<float, 0>(size_t(seen) * wide_d);
+        float* values = scratch<float, 1>(size_t(seen) * wide_d);
+        float* kt = scratch<float, 2>(size_t(size) * wide);
+        float* s = scratch<float, 3>(size_t(QUERIES) * wide);
+        float* qs = scratch<float, 4>(size_t(QUERIES) * wide_d);
+        gather(keys, k + head * h.k_head, all, int(task / h.keys), size, wide_d, h.k_row);
+        gather(values, v + head * h.v_head, all, int(task / h.keys), size, wide_d, h.v_row);
+        transpose(kt, keys, seen, size, wide_d, wide);
+        for (int g = 0; g < group; g++) {
+            int64_t head_q = head * group + g;
+            for (int first = 0; first < seq.length; first += QUERIES) {
+                int rows = std::min(QUERIES, seq.length - first);
+                int64_t row0 = seq.start + first;
+                rows_of(qs, q + row0 * h.q_row + head_q * h.q_head, rows, size, wide_d, h.q_row,
+                        h.scale);
+                scores(s, qs, kt, rows, first, seq.before, seen, wide_d, size, h);
+                float inverse[QUERIES];
+                for (int r = 0; r < rows; r++) {
+                    float* p = s + int64_t(r) * wide;
+                    int limit = round_up(seq.before + first + r + 1, W);
+                    vf top = splat(-INFINITY), total = splat(0.f);
+                    for (int c = 0; c < limit; c += W) top = larger(top, load(p + c));
+                    float most = highest(top);
+                    for (int c = 0; c < limit; c += W) {
+                        vf e = vexp(load(p + c) - most);
+                        store(p + c, e);
+                        total += e;
+                    }
+                    float norm = sum(total);
+                    inverse[r] = 1.f / norm;
+                    lse[(row0 + r) * h.queries + head_q] = most + std::log(norm);
+                }
+                for (int m = 0; m < rows; m += ROWS) {
+                    int some = std::min(ROWS, rows - m);
+                    int limit = std::min(seen, seq.before + first + m + some);
+                    for (int r = m; r < m + some; r++)  // a block's rows end at its last one's keys
+                        for (int c = round_up(seq.before + first + r + 1, W); c < limit; c++)
+                            s[int64_t(r) * wide + c] = 0.f;
+                    product<Single>(some, size, limit, s + int64_t(m) * wide, wide, 1, values,
+                                    wide_d, [&](int r, int c, vf x) {
+                                        T* to = o + ((row0 + m + r) * h.queries + head_q) * size + c;
+                                        x *= inverse[m + r];
+                                        if (c + W <= size) store(to, x);
+                                        else store(to, x, size - c);
+                                    });
+                }
+            }
+        }
+    }
+}
+
+// gk and gv rows of a family are summed in fp32 scratch, sequence by sequence, then rounded once.
+template <class T>
+void backward(const T* g, const T* q, const T* k, const T* v, const T* o, const float* lse, T* gq,
+              T* gk, T* gv, const Sequence* all, int64_t count, const Heads h, int threads) {
+    int size = int(h.size), wide_d = round_up(size, W), group = int(h.queries / h.keys);
+    std::vector<int> offset(count);
+    std::vector<std::vector<int>> families;
+    std::vector<int> family(count), tokens;
+    for (int i = 0; i < count; i++) {
+        if (all[i].parent < 0) {
+            family[i] = int(families.size());
+            families.push_back({});
+            tokens.push_back(0);
+        } else {
+            family[i] = family[all[i].parent];
+        }
+        families[family[i]].push_back(i);
+        offset[i] = tokens[family[i]];
+        tokens[family[i]] += all[i].length;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < int64_t(families.size()) * h.keys; task++) {
+        const std::vector<int>& members = families[task / h.keys];
+        int64_t head = task % h.keys;
+        int total = tokens[task / h.keys];
+        float* sum_k = scratch<float, 5>(size_t(total) * wide_d);
+        float* sum_v = scratch<float, 6>(size_t(total) * wide_d);
+        std::fill(sum_k, sum_k + size_t(total) * wide_d, 0.f);
+        std::fill(sum_v, sum_v + size_t(total) * wide_d, 0.f);
+        for (int i : members) {
+            const Sequence& seq = all[i];
+            int seen = seq.before + seq.length, wide = round_up(seen, W);
+            float* keys = scratch<float, 0>(size_t(seen) * wide_d);
+            float* values = scratch<float, 1>(size_t(seen) * wide_d);
+            float* kt = scratch<float, 2>(size_t(size) * wide);
+            float* vt = scratch<float, 7>(size_t(size) * wide);
+            float* p = scratch<float, 3>(size_t(QUERIES) * wide);
+            float* ds = scratch<float, 8>(size_t(QUERIES) * wide);
+            float* qs = scratch<float, 4>(size_t(QUERIES) * wide_d);
+            float* gs = scratch<float, 9>(size_t(QUERIES) * wide_d);
+            gather(keys, k + head * h.k_head, all, i, size, wide_d, h.k_row);
+            gather(values, v + head * h.v_head, all, i, size, wide_d, h.v_row);
+            transpose(kt, keys, seen, size, wide_d, wide);
+            transpose(vt, values, seen, size, wide_d, wide);
+            for (int a = 0; a < group; a++)
+                for (int first = 0; first < seq.length; first += QUERIES) {
+                    int64_t head_q = head * group + a, row0 = seq.start + first;
+                    int rows = std::min(QUERIES, seq.length - first), at = seq.before + first;
+                    rows_of(qs, q + row0 * h.q_row + head_q * h.q_head, rows, size, wide_d, h.q_row,
+                            h.scale);
+                    rows_of(gs, g + (row0 * h.queries + head_q) * size, rows, size, wide_d,
+                            h.queries * size);
+                    scores(p, qs, kt, rows, first, seq.before, seen, wide_d, size, h);
+                    int end = std::min(seen, at + rows), wide_end = round_up(end, W);
+                    for (int m = 0; m < rows; m += ROWS) {
+                        int some = std::min(ROWS, rows - m), limit = std::min(seen, at + m + some);
+                        product<Single>(some, limit, size, gs + int64_t(m) * wide_d, wide_d, 1, vt,
+                                        wide, [&](int r, int c, vf x) {
+                                            store(ds + int64_t(m + r) * wide + c, x);
+                                        });
+                        for (int r = m; r < m + some; r++) {
+                            int64_t out_row = (row0 + r) * h.queries + head_q;
+                            const T* out = o + out_row * size;
+                            vf dot = splat(0.f);
+                            for (int c = 0; c < wide_d; c += W)
+                                dot += (c + W <= size ? load(out + c) : load(out + c, size - c)) *
+                                       load(gs + int64_t(r) * wide_d + c);
+                            float delta = sum(dot), norm = lse[out_row];
+                            float *pr = p + int64_t(r) * wide, *dr = ds + int64_t(r) * wide;
+                            int own = round_up(limit, W);
+                            for (int c = 0; c < own; c += W) {
+                                vf s = load(pr + c), e = vexp(s - norm), slope = splat(1.f);
+                                // Unseen scores are -inf: their slope is never multiplied.
+                                if (h.softcap > 0.f)
+                                    slope = e > 0.f ? 1.f - (s / h.softcap) * (s / h.softcap) : slope;
+                                vf d = e * (load(dr + c) - delta) * slope;
+                                store(pr + c, e);
+                                store(dr + c, e > 0.f ? d : splat(0.f));
+                            }
+                            for (int c = own; c < wide_end; c++) pr[c] = dr[c] = 0.f;
+                        }
+                        product<Single>(some, size, limit, ds + int64_t(m) * wide, wide, 1, keys,
+                                        wide_d, [&](int r, int c, vf x) {
+                                            T* to = gq + ((row0 + m + r) * h.queries + head_q) * size + c;
+                                            x *= h.scale;
+                                            if (c + W <= size) store(to, x);
+                                            else store(to, x, size - c);
+                                        });
+                    }
+                    // Keys by ancestor: each block of rows goes to its own place in the family.
+                    for (int s = i; s >= 0; s = all[s].parent) {
+                        int base = all[s].before;
+                        for (int j = 0; j < all[s].length && base + j < end; j += ROWS) {
+                            int some = std::min({ROWS, all[s].length - j, end - base - j});
+                            int from = std::max(0, base + j - at);  // earlier rows do not see it
+                            if (from >= rows) break;
+                            float* to_k = sum_k + int64_t(offset[s] + j) * wide_d;
+                            float* to_v = sum_v + int64_t(offset[s] + j) * wide_d;
+                            int64_t here = int64_t(from) * wide + base + j;
+                            product<Single>(some, size, rows - from, ds + here, 1, wide,
+                                            qs + int64_t(from) * wide_d, wide_d,
+                                            [&](int r, int c, vf x) {
+                                                float* t = to_k + int64_t(r) * wide_d + c;
+                                                store(t, load(t) + x);
+                                            });
+                            product<Single>(some, size, rows - from, p + here, 1, wide,
+                                            gs + int64_t(from) * wide_d, wide_d,
+                                            [&](int r, int c, vf x) {
+                                                float* t = to_v + int64_t(r) * wide_d + c;
+                                                store(t, load(t) + x);
+                                            });
+                        }
+                    }
+                }
+        }
+        for (int i : members)
+            for (int r = 0; r < all[i].length; r++) {
+                int64_t to = ((all[i].start + r) * h.keys + head) * size;
+                const float* from_k = sum_k + int64_t(offset[i] + r) * wide_d;
+                const float* from_v = sum_v + int64_t(offset[i] + r) * wide_d;
+                for (int c = 0; c < size; c += W) {
+                    store(gk + to + c, load(from_k + c), std::min(W, size - c));
+                    store(gv + to + c, load(from_v + c), std::min(W, size - c));
+                }
+            }
+    }
+}
+
+}  // namespace
+
+#define ATTENTION(suffix, T)                                                                      \
+    EXPORT(packed_attention_##suffix)(void* q, void* k, void* v, void* o, void* lse,              \
+                                      void* sequences, int64_t count, int64_t hq, int64_t hkv,    \
+                                      int64_t d, int64_t q_row, int64_t q_head, int64_t k_row,    \
+                                      int64_t k_head, int64_t v_row, int64_t v_head,              \
+                                      double scale, double softcap, int64_t window,               \
+                                      int64_t threads) {                                          \
+        Heads h{hq, hkv, d, q_row, q_head, k_row, k_head, v_row, v_head,                          \
+                float(scale), float(softcap), window};                                            \
+        forward((const T*)q, (const T*)k, (const T*)v, (T*)o, (float*)lse,                        \
+                (const Sequence*)sequences, count, h, int(threads));                              \
+    }                                                                                             \
+    EXPORT(packed_attention_backward_##suffix)(                                                   \
+        void* g, void* q, void* k, void* v, void* o, void* lse, void* gq, void* gk, void* gv,     \
+        void* sequences, int64_t count, int64_t hq, int64_t hkv, int64_t d, int64_t q_row,        \
+        int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,             \
+        double scale, double softcap, int64_t window, int64_t threads) {                          \
+        Heads h{hq, hkv, d, q_row, q_head, k_row, k_head, v_row, v_head,                          \
+                float(scale), float(softcap), window};                                            \
+        backward((const T*)g, (const T*)q, (const T*)k, (const T*)v, (const T*)o,                 \
+                 (const float*)lse, (T*)gq, (T*)gk, (T*)gv, (const Sequence*)sequences, count, h, \
+                 int(threads));                                                                   \
+    }
+ATTENTION(f32, float)
+ATTENTION(bf16, bf16)
