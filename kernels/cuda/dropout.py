@@ -46,7 +46,7 @@ def dropout_kernel(
     # As a block: Triton's interpreter makes an integer of a scalar condition that meets a mask.
     real = tl.full([BLOCK], 0, tl.int64) + position >= 0
     kept = (word >= threshold.to(tl.uint32, bitcast=True)) & real
-    x = tl.load(x_ptr + row * width + cols, mask=there & kept, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * width + cols, mask=there, other=0.0).to(tl.float32)
     y = tl.where(kept, tl.math.div_rn(x, keep), 0.0)
     tl.store(y_ptr + row * width + cols, y.to(y_ptr.dtype.element_ty), mask=there)
 

@@ -24,7 +24,8 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, eps, T, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)[None, :]
+    # In full, the weight's columns too: loaded in x's layout they need no exchange of threads.
+    cols = tl.arange(0, BLOCK)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     at = rows.to(tl.int64)[:, None] * D + cols
     there = (rows < T)[:, None] & (cols < D)
     x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
@@ -41,7 +42,7 @@ def rms_norm_backward_kernel(
     g_ptr, x_ptr, weight_ptr, rstd_ptr, gx_ptr, T, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)[None, :]
+    cols = tl.arange(0, BLOCK)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     at = rows.to(tl.int64)[:, None] * D + cols
     there = (rows < T)[:, None] & (cols < D)
     x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)

@@ -26,7 +26,8 @@ def _turn(
 ):  # fmt: skip
     half = D // 2
     heads = (block * HEADS + tl.arange(0, HEADS))[:, None]
-    cols = tl.arange(0, HALF)[None, :]
+    # In full, although all heads share the angles: in x's layout they need no exchange of threads.
+    cols = tl.arange(0, HALF)[None, :] + tl.zeros([HEADS, 1], tl.int32)
     there = (heads < H) & (cols < half)
     angle = row * D + cols
     cos1 = tl.load(cos_ptr + angle, mask=cols < half, other=0.0).to(tl.float32)
