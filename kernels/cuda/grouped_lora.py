@@ -15,6 +15,8 @@ leaves one partial sum each; `sum_pieces` adds those of a span, then spans one a
 from __future__ import annotations
 
 from functools import cache
+from itertools import product as product_of
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,10 +34,7 @@ SUMS = 1024  # elements of an arena per program of `sum_pieces`
 @triton.jit
 def factor_block(factor, slot, j, c, slot_stride, stride, mask, IS_A: tl.constexpr):
     """Elements (rank j, feature c) of a slot's factor: A is (n R, I), B is (O, R)."""
-    if IS_A:
-        at = j * stride + c
-    else:
-        at = c * stride + j
+    at = j * stride + c if IS_A else c * stride + j
     return tl.load(factor + slot * slot_stride + at, mask=mask, other=0.0)
 
 
@@ -47,20 +46,34 @@ def own_rank(at, r):
 
 
 @triton.jit
+def round_up(rank):
+    """To a multiple of 16, so that loads along ranks stay wide; factors are zero in between."""
+    return tl.cdiv(rank, 16) * 16
+
+
+@triton.jit
+def part_of(at, EVEN: tl.constexpr):
+    """(first column, first row of B, columns) of a part; EVEN promises multiples of 16, without
+    which Triton loads bf16 one by one and cannot use asynchronous copies."""
+    column, row, width = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    if EVEN:
+        column, width = tl.multiple_of(column, 16), tl.multiple_of(width, 16)
+    return column, row, width
+
+
+@triton.jit
 def shrink(
     wide, small, factor, scale, tiles, parts, wide_stride, small_stride, slot_stride,
     factor_stride, r,
-    IS_A: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    IS_A: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """small[t, j] = sum_c wide[t, c] f[j, c], for rank columns j of all modules at once (A) or of
     one module (B, times the scale); 0 beyond the slot's rank and on padding rows.
 
     Grid: row tiles x (modules x blocks of BR rank columns).
     """
-    if IS_A:
-        ranks = small_stride
-    else:
-        ranks = r
+    ranks = small_stride if IS_A else r
     blocks = tl.cdiv(ranks, BR)
     tile = tiles + 4 * tl.program_id(0)
     part = parts + 4 * (tl.program_id(1) // blocks)
@@ -71,19 +84,21 @@ def shrink(
     j = (tl.program_id(1) % blocks) * BR + tl.arange(0, BR)
     c = tl.arange(0, BC)
     live = (j < ranks) & (j % r < rank)
+    read = (j < ranks) & (j % r < round_up(rank))
+    column, row, width = part_of(part, EVEN)
     # A block of ranks that the slot lacks reads nothing.
-    width = tl.where(tl.max(live.to(tl.int32), 0) > 0, tl.load(part + 3), 0)
-    rows = wide + t.to(tl.int64)[:, None] * wide_stride + tl.load(part + 1) + c[None, :]
-    row = tl.load(part + 2)
+    stop = tl.where(tl.max(live.to(tl.int32), 0) > 0, width, 0)
+    rows = wide + t.to(tl.int64)[:, None] * wide_stride + column + c[None, :]
     acc = tl.zeros((BT, BR), tl.float32)
-    for c0 in range(0, width, BC):
+    for c0 in range(0, stop, BC):
         inside = c0 + c < width
         x = tl.load(rows + c0, mask=(t < end)[:, None] & inside[None, :], other=0.0)
         f = factor_block(
             factor, slot, j[None, :], (row + c0 + c)[:, None], slot_stride, factor_stride,
-            live[None, :] & inside[:, None], IS_A,
+            read[None, :] & inside[:, None], IS_A,
         )  # fmt: skip
         acc = product(x, f.to(x.dtype), acc, UPCAST)
+    acc = tl.where(live[None, :], acc, 0.0)
     if not IS_A:
         acc *= tl.load(scale + slot, mask=slot >= 0, other=0.0)
     out = small + t.to(tl.int64)[:, None] * small_stride + tl.load(part) * r + j[None, :]
@@ -94,7 +109,8 @@ def shrink(
 def expand(
     wide, small, factor, scale, tiles, parts, wide_stride, small_stride, slot_stride,
     factor_stride, r,
-    IS_A: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    IS_A: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """wide[t, c] += sum_j small[t, j] f[j, c], over the rank columns of all modules (A) or of the
     module that column c belongs to (B, times the scale); rounded once.
@@ -108,8 +124,8 @@ def expand(
     first, end, rank = tl.load(tile + 1), tl.load(tile + 2), own_rank(tile + 3, r)
     t = first + tl.arange(0, BT)
     c = tl.arange(0, BC)
-    inside = c < tl.load(part + 3)
-    row = tl.load(part + 2)
+    column, row, width = part_of(part, EVEN)
+    inside = c < width
     if IS_A:
         begin, modules = 0, small_stride // r
     else:
@@ -121,16 +137,16 @@ def expand(
             k = r0 + tl.arange(0, BR)
             j = m * r + k
             at = small + t.to(tl.int64)[:, None] * small_stride + (begin + j)[None, :]
-            s = tl.load(at, mask=(t < end)[:, None] & (k < rank)[None, :], other=0.0)
+            s = tl.load(at, mask=(t < end)[:, None] & (k < r)[None, :], other=0.0)
             if not IS_A:
                 s *= by
             f = factor_block(
                 factor, slot, j[:, None], (row + c)[None, :], slot_stride, factor_stride,
-                (k < rank)[:, None] & inside[None, :], IS_A,
+                ((k < r) & (k < round_up(rank)))[:, None] & inside[None, :], IS_A,
             )  # fmt: skip
             kind = wide.dtype.element_ty
             acc = product(s.to(kind), f.to(kind), acc, UPCAST)
-    at = wide + t.to(tl.int64)[:, None] * wide_stride + tl.load(part + 1) + c[None, :]
+    at = wide + t.to(tl.int64)[:, None] * wide_stride + column + c[None, :]
     mask = (t < end)[:, None] & inside[None, :]
     old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, (old + acc).to(wide.dtype.element_ty), mask=mask)
@@ -140,17 +156,15 @@ def expand(
 def outer(
     wide, small, arena, partial, scale, pieces, parts, wide_stride, small_stride, slot_stride,
     partial_stride, factor_stride, r,
-    IS_A: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    IS_A: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, BT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """sum_t small[t, j] wide[t, c] over the rows of a piece (B: times the scale), added to the
     slot's arena or, where the slot has several pieces, left as a partial sum.
 
     Grid: pieces x (parts of BC columns x blocks of BR rank columns).
     """
-    if IS_A:
-        ranks = small_stride
-    else:
-        ranks = r
+    ranks = small_stride if IS_A else r
     blocks = tl.cdiv(ranks, BR)
     piece = pieces + 5 * tl.program_id(0)
     part = parts + 4 * (tl.program_id(1) // blocks)
@@ -162,22 +176,22 @@ def outer(
     live = (j < ranks) & (j % r < rank)
     if tl.max(live.to(tl.int32), 0) == 0:
         return
-    inside = c < tl.load(part + 3)
+    column, row, width = part_of(part, EVEN)
+    inside = c < width
     by = tl.load(scale + slot)
     from_small = small + (tl.load(part) * r + j)[None, :]
-    from_wide = wide + (tl.load(part + 1) + c)[None, :]
+    from_wide = wide + (column + c)[None, :]
     acc = tl.zeros((BR, BC), tl.float32)
     for t0 in range(first, end, BT):
         t = t0 + tl.arange(0, BT)
-        row = t.to(tl.int64)[:, None]
-        within = (t < end)[:, None]
-        s = tl.load(from_small + row * small_stride, mask=within & live[None, :], other=0.0)
-        w = tl.load(from_wide + row * wide_stride, mask=within & inside[None, :], other=0.0)
+        at, within = t.to(tl.int64)[:, None], (t < end)[:, None]
+        s = tl.load(from_small + at * small_stride, mask=within & (j < ranks)[None, :], other=0.0)
+        w = tl.load(from_wide + at * wide_stride, mask=within & inside[None, :], other=0.0)
         if not IS_A:
             # Before the rounding to the operand's dtype, and never fused into the last sum.
             s *= by
         acc = product(tl.trans(s.to(w.dtype)), w, acc, UPCAST)
-    c += tl.load(part + 2)
+    c += row
     if IS_A:
         at = j[:, None] * factor_stride + c[None, :]
     else:
@@ -202,10 +216,7 @@ def sum_pieces(
     entry = sums + 4 * tl.program_id(0)
     slot, rank = tl.load(entry).to(tl.int64), own_rank(entry + 3, r)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if IS_A:
-        j = e // factor_stride
-    else:
-        j = e
+    j = e // factor_stride if IS_A else e
     mask = (e < size) & (j % r < rank)
     total = tl.load(arena + slot * slot_stride + e, mask=mask, other=0.0)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -220,122 +231,133 @@ def sum_pieces(
 # What launchers can select
 
 
-def tile(kernel: str, is_a: bool, ranks: int, dtype: torch.dtype) -> dict[str, int]:
-    """Constants of `shrink`, `expand` or `outer` for that many rank columns: of all modules
-    where A is concerned, except in `expand`; else of one module."""
-    most = 64 if kernel == "expand" else 128
-    return {
-        "IS_A": int(is_a), "UPCAST": upcast(dtype), "BT": ROWS, "BR": min(most, padded(ranks)),
-        "BC": COLUMNS,
+def tile(
+    kernel: str, is_a: bool, even: bool, ranks: int, dtype: torch.dtype
+) -> tuple[dict[str, int], int, int]:
+    """(constants, warps, stages) of `shrink`, `expand` or `outer` for blocks of that many rank
+    columns.
+
+    Smaller where registers would spill on sm_80: fp32 products, which have no matrix unit and
+    unroll their inner dimension, and odd sizes, which need an address for every element.
+    """
+    fp32 = dtype == torch.float32
+    most = 64 if even and not fp32 else 32
+    out = {
+        "IS_A": int(is_a), "EVEN": int(even), "UPCAST": upcast(dtype), "BT": ROWS,
+        "BR": min(most, padded(ranks)), "BC": COLUMNS,
     }  # fmt: skip
+    if kernel == "expand":  # a loop of one to four steps: nothing to overlap
+        return (out | {"BR": 16, "BC": 32}, 8, 1) if fp32 else (out, 4, 1)
+    if most == 32:
+        out["BC" if kernel == "shrink" else "BT"] = 16 if fp32 and kernel == "outer" else 32
+    return out, 4, 3
 
 
-_KERNELS = {"shrink": shrink, "expand": expand, "outer": outer}
+_KERNELS = {"shrink": shrink, "expand": expand, "outer": outer, "sum_pieces": sum_pieces}
 _ARGUMENTS = {
     "shrink": "wide small factor scale tiles parts wide_stride small_stride slot_stride "
     "factor_stride r",
     "outer": "wide small arena partial scale pieces parts wide_stride small_stride slot_stride "
     "partial_stride factor_stride r",
+    "sum_pieces": "partial arena ends sums size slot_stride factor_stride r",
 }
 _ARGUMENTS["expand"] = _ARGUMENTS["shrink"]
-_TABLES = ("tiles", "parts", "pieces", "ends", "sums")
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
-    if name in _TABLES:
-        return "*i32"
-    if name in ("wide_stride", "slot_stride", "partial_stride"):
-        return "i32:16"
-    if name in ("small_stride", "factor_stride", "size", "r"):
-        return "i32"
-    return pointer(dtype if name == "wide" else torch.float32)
+def _signature(kernel: str, constants: dict[str, int], dtype: torch.dtype) -> dict[str, str]:
+    fp32 = ("small", "factor", "scale", "arena", "partial")
+    types = {"wide": pointer(dtype)} | dict.fromkeys(fp32, "*fp32")
+    types |= dict.fromkeys(("tiles", "parts", "pieces", "ends", "sums"), "*i32")
+    if constants.get("EVEN"):
+        types |= dict.fromkeys(("wide_stride", "partial_stride"), "i32:16")
+        types |= {"factor_stride": "i32:16"} if constants["IS_A"] else {}
+    types["slot_stride"] = "i32:16"  # rows of an adapter matrix
+    names = _ARGUMENTS[kernel].split()
+    return {n: types.get(n, "i32") for n in names} | dict.fromkeys(constants, "constexpr")
 
 
 @cache
-def _variant(kernel: str, is_a: bool, ranks: int, dtype: torch.dtype) -> Variant:
-    chosen = tile(kernel, is_a, ranks, dtype)
-    signature = {name: _type(name, dtype) for name in _ARGUMENTS[kernel].split()}
-    signature |= dict.fromkeys(chosen, "constexpr")
-    stages = 3 if chosen["BR"] <= 64 else 2
-    return Variant(_KERNELS[kernel], dtype_name(dtype), chosen, 4, stages, signature, True)
+def _variant(kernel: str, is_a: bool, even: bool, ranks: int, dtype: torch.dtype) -> Variant:
+    chosen, warps, stages = tile(kernel, is_a, even, ranks, dtype)
+    signature = _signature(kernel, chosen, dtype)
+    return Variant(_KERNELS[kernel], dtype_name(dtype), chosen, warps, stages, signature, True)
 
 
 @cache
 def _sums(is_a: bool) -> Variant:
     chosen = {"IS_A": int(is_a), "BLOCK": SUMS}
-    names = "partial arena ends sums size slot_stride factor_stride r".split()
-    signature = {name: _type(name, torch.float32) for name in names}
-    signature |= dict.fromkeys(chosen, "constexpr")
+    signature = _signature("sum_pieces", chosen, torch.float32)
     return Variant(sum_pieces, "float32", chosen, 4, 1, signature, False)
 
 
 def variants() -> list[Variant]:
     """Every form of the four kernels."""
-    return [
-        *(
-            _variant(kernel, is_a, ranks, dtype)
-            for kernel, most in (("shrink", 128), ("expand", 64), ("outer", 128))
-            for is_a in (True, False)
-            for ranks in (16, 32, 64, 128)
-            for dtype in DTYPES
-            if ranks <= most
-        ),
-        *(_sums(is_a) for is_a in (True, False)),
-    ]
+    both = (True, False)
+    forms = product_of(("shrink", "expand", "outer"), both, both, (16, 32, 64), DTYPES)
+    found = [*(_variant(*form) for form in forms), *(_sums(is_a) for is_a in both)]
+    return list({variant.key: variant for variant in found}.values())
 
 
 # Launches
 
 
-def _grid(variant: Variant, work: Tensor, parts: Tensor, ranks: int) -> tuple[int, int]:
-    return len(work), len(parts) * triton.cdiv(ranks, variant.tile["BR"])
+class Side(NamedTuple):
+    """A or B of a site: where it meets the wide tensor, and its rank columns in one block row."""
+
+    is_a: bool
+    columns: tuple[int, ...]
+    widths: tuple[int, ...]
+    r: int
+    ranks: int
+
+    def variant(self, kernel: str, wide: Tensor, ranks: int) -> Variant:
+        even = not any(n % 16 for n in (*self.columns, *self.widths, wide.stride(0)))
+        return _variant(kernel, self.is_a, even, padded(min(64, ranks)), wide.dtype)
 
 
-def _shrink(
-    wide: Tensor, small: Tensor, factor: Tensor, scale: Tensor, work: Tiles, r: int, is_a: bool,
-    columns: tuple[int, ...], widths: tuple[int, ...],
+def _sides(x: Tensor, a: Tensor, columns: list[int], widths: list[int]) -> tuple[Side, Side]:
+    """A spans all of x with the rank columns of all modules, B each module's columns of y."""
+    r = a.shape[1] // len(columns)
+    return (
+        Side(True, (0,), (x.shape[1],), r, a.shape[1]),
+        Side(False, tuple(columns), tuple(widths), r, r),
+    )
+
+
+def _rows(
+    kernel: str, side: Side, wide: Tensor, small: Tensor, factor: Tensor, scale: Tensor,
+    work: Tiles,
 ) -> None:  # fmt: skip
-    ranks = small.shape[1] if is_a else r
-    variant = _variant("shrink", is_a, ranks, wide.dtype)
-    parts = column_parts(columns, widths, 0, wide.device)
+    """Launch `shrink` or `expand`."""
+    shrinks = kernel == "shrink"
+    variant = side.variant(kernel, wide, side.ranks if shrinks else side.r)
+    block = 0 if shrinks else variant.tile["BC"]
+    parts = column_parts(side.columns, side.widths, block, wide.device)
+    blocks = triton.cdiv(side.ranks, variant.tile["BR"]) if shrinks else 1
     variant.launch(
-        _grid(variant, work.rows, parts, ranks), wide, small, factor, scale, work.rows, parts,
-        wide.stride(0), small.shape[1], factor.stride(0), factor.stride(1), r,
-    )  # fmt: skip
-
-
-def _expand(
-    wide: Tensor, small: Tensor, factor: Tensor, scale: Tensor, work: Tiles, r: int, is_a: bool,
-    columns: tuple[int, ...], widths: tuple[int, ...],
-) -> None:  # fmt: skip
-    variant = _variant("expand", is_a, r, wide.dtype)
-    parts = column_parts(columns, widths, COLUMNS, wide.device)
-    variant.launch(
-        (len(work.rows), len(parts)), wide, small, factor, scale, work.rows, parts,
-        wide.stride(0), small.shape[1], factor.stride(0), factor.stride(1), r,
+        (len(work.rows), len(parts) * blocks), wide, small, factor, scale, work.rows, parts,
+        wide.stride(0), small.shape[1], factor.stride(0), factor.stride(1), side.r,
     )  # fmt: skip
 
 
 def _outer(
-    wide: Tensor, small: Tensor, arena: Tensor, scale: Tensor, work: Tiles, r: int, is_a: bool,
-    columns: tuple[int, ...], widths: tuple[int, ...],
-) -> None:  # fmt: skip
+    side: Side, wide: Tensor, small: Tensor, arena: Tensor, scale: Tensor, work: Tiles
+) -> None:
     if not len(work.pieces):
         return
-    ranks = small.shape[1] if is_a else r
     size = arena.shape[1] * arena.shape[2]
-    variant = _variant("outer", is_a, ranks, wide.dtype)
-    parts = column_parts(columns, widths, COLUMNS, wide.device)
     partial = arena.new_empty(len(work.ends), size)
+    variant = side.variant("outer", wide, side.ranks)
+    parts = column_parts(side.columns, side.widths, variant.tile["BC"], wide.device)
     variant.launch(
-        _grid(variant, work.pieces, parts, ranks), wide, small, arena, partial, scale,
-        work.pieces, parts, wide.stride(0), small.shape[1], arena.stride(0), size,
-        arena.stride(1), r,
+        (len(work.pieces), len(parts) * triton.cdiv(side.ranks, variant.tile["BR"])),
+        wide, small, arena, partial, scale, work.pieces, parts, wide.stride(0), small.shape[1],
+        arena.stride(0), size, arena.stride(1), side.r,
     )  # fmt: skip
     if len(work.sums):
-        _sums(is_a).launch(
+        _sums(side.is_a).launch(
             (len(work.sums), triton.cdiv(size, SUMS)), partial, arena, work.ends, work.sums, size,
-            arena.stride(0), arena.stride(1), r,
+            arena.stride(0), arena.stride(1), side.r,
         )  # fmt: skip
 
 
@@ -348,10 +370,10 @@ def grouped_lora(
     Arguments as in fedsim_kernels.grouped_lora; factors and arenas may be views of rows of a
     larger matrix, their last two dimensions contiguous.
     """
-    work, r = Tiles(*tables[2:]), a.shape[1] // len(columns)
+    work, (of_a, of_b) = Tiles(*tables[2:]), _sides(x, a, columns, widths)
     h = torch.empty(len(x), a.shape[1], dtype=torch.float32, device=x.device)
-    _shrink(x, h, a, scale, work, r, True, (0,), (x.shape[1],))
-    _expand(y, h, b, scale, work, r, False, tuple(columns), tuple(widths))
+    _rows("shrink", of_a, x, h, a, scale, work)
+    _rows("expand", of_b, y, h, b, scale, work)
     return h
 
 
@@ -361,11 +383,10 @@ def grouped_lora_backward(
     widths: list[int],
 ) -> None:  # fmt: skip
     """Add the gradients of every slot to the arenas, and A^T u to `grad_x` when it is given."""
-    work, r = Tiles(*tables[2:]), a.shape[1] // len(columns)
-    site, inputs = (tuple(columns), tuple(widths)), ((0,), (x.shape[1],))
+    work, (of_a, of_b) = Tiles(*tables[2:]), _sides(x, a, columns, widths)
     u = torch.empty_like(h)
-    _shrink(g, u, b, scale, work, r, False, *site)
-    _outer(g, h, grad_b, scale, work, r, False, *site)
-    _outer(x, u, grad_a, scale, work, r, True, *inputs)
+    _rows("shrink", of_b, g, u, b, scale, work)
+    _outer(of_b, g, h, grad_b, scale, work)
+    _outer(of_a, x, u, grad_a, scale, work)
     if grad_x is not None:
-        _expand(grad_x, u, a, scale, work, r, True, *inputs)
+        _rows("expand", of_a, grad_x, u, a, scale, work)

@@ -7,7 +7,7 @@ from the start of the pass, so a row's sums do not depend on what it is packed w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -126,5 +126,5 @@ def _cut(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
         yield a, min(a + size, end)
 
 
-def _table(rows: list[tuple[int, ...]], width: int) -> Tensor:
+def _table(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(-1, width)
