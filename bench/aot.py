@@ -69,6 +69,7 @@ def describe(variant: Variant) -> Entry:
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "signature": variant.signature,
+        "uses_dot": variant.uses_dot,
         "source": source(variant.kernel),
     }
 
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     only = parser.parse_args(arguments).kernel
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit(
-            "aot: TRITON_INTERPRET is set; expected it unset, interpreted kernels have no code."
+            "aot: got TRITON_INTERPRET set; expected it unset: interpreted, they have no code."
         )
     chosen = [
         (i, arch)
