@@ -1,115 +1,262 @@
-"""The multi-LoRA linear: one frozen weight, many adapters, one for each packed row's slot."""
+"""Multi-LoRA linears: frozen weights shared by all clients, adapters of each packed row's slot.
+
+Linears that read the same input form a site: one product with their frozen weights and one with
+the A of all their adapters serve q, k and v, or gate and up.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim import seeds
-from fedsim.adapters import Factors
-from fedsim_kernels.grouped_lora import grouped_lora_backward_ref, grouped_lora_ref
+import fedsim_kernels.dropout
+import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
+from fedsim.core import SiteViews
+from fedsim.dora import magnitude, weight_norms
+from fedsim_kernels.grouped_lora import tiled_linear
 from fedsim_kernels.segments import Segments
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What a LoRA dropout mask is a function of, for each packed row (T,) int64."""
+    """What a LoRA dropout mask is a function of.
+
+    Attributes:
+        counters: (T, 4) int64 of each packed row (see `seeds.row_counters`).
+    """
 
     p: float
     key: int
-    round: int
-    client: Tensor
-    step: Tensor
-    sequence: Tensor
-    position: Tensor
+    counters: Tensor
 
-    def mask(self, features: int, module: int) -> Tensor:
-        """(T, features) bool, True where kept."""
-        return seeds.keep_mask(
-            self.key, self.p, features, client=self.client, round=self.round, step=self.step,
-            sequence=self.sequence, position=self.position, module=module,
-        )  # fmt: skip
+    def __call__(self, x: Tensor, module: int) -> Tensor:
+        """x / (1 - p) where the module's mask keeps an element of x (T, I), else 0."""
+        signed = self.key - (1 << 64) if self.key >= 1 << 63 else self.key  # an int of torch
+        out: Tensor = torch.ops.fedsim.dropout(x, self.counters, signed, module, self.p)
+        return out
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Everything the adapted linears of one pass share. Valid until its backward has ended.
+    """Everything that the sites of one pass share. Valid until its backward has ended.
 
     Attributes:
-        factors: module -> (A (K, R, I), B (K, O, R)) fp32.
-        grads: the same views of the fp32 gradient arena, or None when nothing trains.
-        scale: K numbers, alpha / rank.
+        segments: slots and chunks of the packed rows.
+        factors, grads: of every site, views of the slots' rows and of the gradient arena; grads is
+            None when nothing trains.
+        scale: (K,) fp32 on the device, alpha / rank.
         anchor: a scalar that requires grad. No weight does, so without it there is no graph;
-            with it, a module whose input needs no gradient skips dx by itself.
+            with it, a site whose input needs no gradient skips dx by itself.
+        tile: rows of one product in strict mode, else 0.
+        label_rows, label_segments: rows whose next token is a label, and their slots. What comes
+            after the last attention runs on these rows only.
+        label_repeats: how often one row may be a label row: a prefix ends where all its sequences
+            begin.
     """
 
     segments: Segments
-    factors: Factors
-    grads: Factors | None
-    scale: tuple[float, ...]
+    factors: tuple[SiteViews, ...]
+    grads: tuple[SiteViews, ...] | None
+    scale: Tensor
     anchor: Tensor
+    tile: int = 0
     dropout: Dropout | None = None
+    label_rows: Tensor | None = None
+    label_segments: Segments | None = None
+    label_repeats: int = 1
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The segments as operations read them."""
+        return self.segments.tables(self.scale.device)
+
+    def at_labels(self) -> Pass:
+        """The same pass for the rows that have labels."""
+        if self.label_rows is None or self.label_segments is None:
+            return self
+        drop = self.dropout
+        if drop is not None:
+            drop = replace(drop, counters=drop.counters.index_select(0, self.label_rows))
+        return replace(
+            self, segments=self.label_segments, dropout=drop, label_rows=None, label_segments=None
+        )
 
 
-class _LoraLinear(torch.autograd.Function):
+class _Tiled(torch.autograd.Function):
+    """x W^T + bias in products of a fixed number of rows, forward and backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, module: MultiLoraLinear, work: Pass) -> Tensor:
-        a, b = work.factors[module.name]
-        y = F.linear(x, module.weight, module.bias)
-        mask = work.dropout.mask(x.shape[1], module.number) if work.dropout else None
-        lora_in = x if mask is None else _drop(x, mask, work)
-        h = grouped_lora_ref(y, lora_in, a, b, work.scale, work.segments)
-        ctx.save_for_backward(lora_in, h, *(() if mask is None else (mask,)))
-        ctx.module, ctx.work = module, work
-        return y
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+        ctx.weight, ctx.tile = weight, tile
+        return tiled_linear(x, weight, bias, tile)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lora_in, h, *masks = ctx.saved_tensors
-        module, work = ctx.module, ctx.work
-        g = grads[0].contiguous()
-        a, b = work.factors[module.name]
-        grad_a, grad_b = work.grads[module.name]
-        needs_x = ctx.needs_input_grad[0]
-        gx = torch.mm(g, module.weight) if needs_x else None
-        lora_gx = gx if not masks else torch.zeros_like(lora_in) if needs_x else None
-        grouped_lora_backward_ref(
-            g, lora_in, h, a, b, work.scale, work.segments, grad_a, grad_b, lora_gx
-        )
-        if masks and gx is not None and lora_gx is not None:
-            gx += _drop(lora_gx, masks[0], work)
-        return gx, None, None, None
+        return tiled_linear(grads[0].contiguous(), ctx.weight.T, None, ctx.tile), None, None, None
 
 
-def _drop(x: Tensor, mask: Tensor, work: Pass) -> Tensor:
-    assert work.dropout is not None
-    return torch.where(mask, x / (1 - work.dropout.p), 0)
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    """(T, I) -> (T, O) without adapters, differentiable in x."""
+    if not tile:
+        return F.linear(x, weight, bias)
+    out: Tensor = _Tiled.apply(x, weight, bias, tile)  # type: ignore[no-untyped-call]
+    return out
 
 
-class MultiLoraLinear(nn.Module):
-    """A frozen linear whose output also carries each row's own low-rank update."""
+@dataclass(frozen=True)
+class Member:
+    """One linear of a site.
 
-    def __init__(self, linear: nn.Linear, name: str, number: int) -> None:
+    Attributes:
+        column, width: its columns of the site's output.
+        number: its index among the adapted modules, or -1 when it carries no adapter.
+    """
+
+    name: str
+    column: int
+    width: int
+    number: int
+
+
+class Site(nn.Module):
+    """The linears of one input: a frozen weight (O_1 + ... + O_n, I) and their adapters.
+
+    Attributes:
+        members: its linears, in the order of their columns.
+        index: of the adapters in `Pass.factors`, or None where no member has one.
+        late: it lies behind the last attention, and sees label rows only.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], numbers: dict[str, int]) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.name, self.number = name, number
+        parts = list(linears.values())
+        self.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if any(p.bias is not None for p in parts):
+            biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts]
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        members, column = [], 0
+        for name, part in linears.items():
+            width = part.out_features
+            members.append(Member(name, column, width, numbers.get(name, -1)))
+            part.weight.data = self.weight.data[column : column + width]  # no second copy
+            column += width
+        self.members = tuple(members)
+        self.adapted = tuple(m for m in members if m.number >= 0)
+        self.columns, self.widths = (
+            [getattr(m, what) for m in self.adapted] for what in ("column", "width")
+        )
+        self.index: int | None = None
+        self.late = False
+        self.labels: tuple[Tensor, int] | None = None  # label rows and repeats, where it is late
         self.work: Pass | None = None
 
+    def enter(self, work: Pass | None) -> None:
+        """Take part in a pass, or in none: then the frozen linear stands alone."""
+        self.work, self.labels = work, None
+        if work is not None and self.late and work.label_rows is not None:
+            self.work, self.labels = work.at_labels(), (work.label_rows, work.label_repeats)
+
     def forward(self, x: Tensor) -> Tensor:
-        """(1, T, I) -> (1, T, O); outside a pass, the frozen linear alone."""
+        """(1, T, I) -> (1, T, O_1 + ... + O_n)."""
+        return self._rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.weight))
+
+    def _rows(self, x: Tensor) -> Tensor:
         work = self.work
         if work is None:
             return F.linear(x, self.weight, self.bias)
-        if work.grads is None:
-            y = F.linear(x[0], self.weight, self.bias)
-            grouped_lora_ref(y, x[0], *work.factors[self.name], work.scale, work.segments)
-            return y[None]
-        out: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x[0], work.anchor, self, work
-        )
-        return out[None]
+        if self.index is None:
+            return frozen_linear(x, self.weight, self.bias, work.tile)
+        factors = work.factors[self.index]
+        if work.dropout is not None or factors.mag is not None:
+            return self._by_module(x, work)
+        return self._adapt(x, work, self.weight, self.bias, None)
+
+    def _adapt(
+        self, x: Tensor, work: Pass, weight: Tensor | None, bias: Tensor | None, at: int | None
+    ) -> Tensor:
+        """x W^T + bias and the updates of all adapted members, or with `at` of one; without a
+        weight the update alone."""
+        assert self.index is not None
+        views = work.factors[self.index]
+        grads = views if work.grads is None else work.grads[self.index]
+        a, b, grad_a, grad_b = views.a, views.b, grads.a, grads.b
+        columns, widths = self.columns, self.widths
+        if at is not None:
+            rank = a.shape[1] // len(self.adapted)
+            rows, outs = slice(at * rank, (at + 1) * rank), self.outputs(at)
+            a, b, grad_a, grad_b = a[:, rows], b[:, outs], grad_a[:, rows], grad_b[:, outs]
+            columns, widths = [0], [self.widths[at]]
+        y, _ = torch.ops.fedsim.lora_linear(
+            x, weight, bias, work.anchor, a, b, grad_a, grad_b, work.scale, work.tables, columns,
+            widths, work.tile,
+        )  # fmt: skip
+        out: Tensor = y
+        return out
+
+    def outputs(self, at: int) -> slice:
+        """The rows of an adapted member's B among those of the site."""
+        first = sum(self.widths[:at])
+        return slice(first, first + self.widths[at])
+
+    def _by_module(self, x: Tensor, work: Pass) -> Tensor:
+        """Each member by itself: with dropout every module has its own mask x_d, and DoRA scales
+        every module's columns.
+
+            y = W x + s B A x_d      with DoRA: y = W x + (c (W x_d + s B A x_d) - W x_d)
+        """
+        assert self.index is not None
+        factors, drop = work.factors[self.index], work.dropout
+        norms = weight_norms(self, factors, work) if factors.mag is not None else None
+        parts, at = [], 0
+        for member in self.members:
+            span = slice(member.column, member.column + member.width)
+            weight = self.weight[span]
+            bias = None if self.bias is None else self.bias[span]
+            if member.number < 0:
+                parts.append(frozen_linear(x, weight, bias, work.tile))
+                continue
+            lora_in = x if drop is None else drop(x, member.number)
+            if norms is None:
+                y = frozen_linear(x, weight, bias, work.tile)
+                y = y + self._adapt(lora_in, work, None, None, at)
+            else:
+                y = magnitude(self._adapt(lora_in, work, weight, None, at), self, at, norms, work)
+                if drop is not None:
+                    dropped = frozen_linear(lora_in, weight, None, work.tile)
+                    y = frozen_linear(x, weight, None, work.tile) + (y - dropped)
+                y = y if bias is None else y + bias
+            parts.append(y)
+            at += 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class SiteMember(nn.Module):
+    """Stands where a linear of a site stood: the first that is called computes for all."""
+
+    def __init__(self, site: Site, at: int, linear: nn.Linear) -> None:
+        super().__init__()
+        self.__dict__["site"] = site  # not a submodule: the site's owner holds it
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.at = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, I) -> (1, T, O)."""
+        site: Site = self.__dict__["site"]
+        if len(site.members) == 1:
+            out: Tensor = site(x)
+            return out
+        given: tuple[Tensor, dict[int, Tensor]] | None = site.__dict__.get("given")
+        if given is None or given[0] is not x or self.at not in given[1]:
+            parts = site(x).split([m.width for m in site.members], -1)
+            given = (x, dict(enumerate(parts)))
+            site.__dict__["given"] = given
+        part = given[1].pop(self.at)
+        if not given[1]:
+            del site.__dict__["given"]  # nothing may outlive the pass
+        return part

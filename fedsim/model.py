@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.config import Config
-from fedsim.core import AdapterLayout
+from fedsim.core import AdapterLayout, PackedBatch
 from fedsim.errors import ModelError, nearest
-from fedsim.lora import MultiLoraLinear, Pass
+from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
+from fedsim.lora import Pass, Site, SiteMember
+from fedsim.memory import recomputes
 from fedsim.weights import Weights
-from fedsim_kernels.linear_xent import head_logits, linear_xent_ref
-from fedsim_kernels.packed_attention import packed_attention_ref
+from fedsim_kernels.linear_xent import head_logits
+from fedsim_kernels.packed_attention import packed_attention
 from fedsim_kernels.segments import Segments
 
 # Arguments that transformers hands to every attention function and that change nothing here:
@@ -50,12 +54,12 @@ def _attention(
             expected="packed segments and arguments that fedsim computes",
             remedy="This architecture is not supported.",
         )  # fmt: skip
-    out = packed_attention_ref(
-        query[0], key[0], value[0], segments,
+    out = packed_attention(
+        *(x[0].transpose(0, 1) for x in (query, key, value)), segments.tables(query.device),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window, softcap=softcap,
     )  # fmt: skip
-    return out.transpose(0, 1)[None], None
+    return out[None], None
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -81,19 +85,17 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     Raises:
         ModelError: a target matches nothing, or something that is not a linear.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {n: m for n, m in model.named_modules()
-               if isinstance(m, nn.Linear) and m is not head}  # fmt: skip
+    every = linears(model)
     if targets == ("all-linear",):
-        return linears
+        return every
     for target in targets:
-        if not any(n == target or n.endswith(f".{target}") for n in linears):
-            leaves = {n.rpartition(".")[2] for n in linears}
+        if not any(n == target or n.endswith(f".{target}") for n in every):
+            leaves = {n.rpartition(".")[2] for n in every}
             raise ModelError(
                 "adapter.targets", got=target, expected="the name of a linear of this model",
                 remedy=nearest(target, leaves),
             )  # fmt: skip
-    return {n: m for n, m in linears.items()
+    return {n: m for n, m in every.items()
             if any(n == t or n.endswith(f".{t}") for t in targets)}  # fmt: skip
 
 
@@ -148,7 +150,8 @@ class Base:
 
     Attributes:
         layout: where each target's factors lie in an adapter's row.
-        precision: dtype and, when quantised, the 4-bit kind, for the record.
+        sites: every linear but the head, grouped by the input that they read.
+        fused: how many norms, MLPs, attentions and last layers run as fused operations.
     """
 
     def __init__(self, model: Any, config: Config, targets: tuple[str, ...]) -> None:
@@ -161,19 +164,12 @@ class Base:
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         probe = torch.arange(8, device=self.device) * 7 % self.head.shape[0]
-        with torch.no_grad():
+        with torch.no_grad(), _inputs_of(linears(model)) as seen:
             stock = model(probe[None], use_cache=False).logits[0].float()
-        self._adapted: list[MultiLoraLinear] = []
-        for number, (name, linear) in enumerate(target_linears(model, targets).items()):
-            module = MultiLoraLinear(linear, name, number)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
-            self._adapted.append(module)
-        shapes = {m.name: (m.in_features, m.out_features) for m in self._adapted}
-        self.layout = AdapterLayout.build(shapes, config.adapter.rank)
+        self._build(target_linears(model, targets), _groups(linears(model), seen), config)
         model.set_attn_implementation("fedsim")
         self._check(probe, stock)
-        if config.train.recompute:
+        if recomputes(config, model.config, self.device, self.dtype):
             model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
@@ -182,9 +178,52 @@ class Base:
             model.disable_input_require_grads()
             model.train()
 
+    def _build(
+        self, targets: dict[str, nn.Linear], groups: list[list[str]], config: Config
+    ) -> None:
+        """Put sites in the linears' places, lay the adapters out, fuse what is recognised."""
+        numbers = {name: i for i, name in enumerate(targets)}
+        every = linears(self.model)
+        self.sites: list[Site] = []
+        adapted: list[list[str]] = []
+        owner: dict[str, Site] = {}
+        for group in groups:
+            site = Site({name: every[name] for name in group}, numbers)
+            if site.adapted:
+                site.index = len(adapted)
+                adapted.append([m.name for m in site.adapted])
+            for at, name in enumerate(group):
+                parent, _, leaf = name.rpartition(".")
+                member = SiteMember(site, at, every[name])
+                setattr(self.model.get_submodule(parent), leaf, member)
+                owner[name] = site
+            self.sites.append(site)
+        shapes = {n: (m.in_features, m.out_features) for n, m in targets.items()}
+        self.layout = AdapterLayout.build(
+            shapes, config.adapter.rank, sites=adapted, dora=config.adapter.dora
+        )
+        layers = getattr(self.decoder, "layers", None)
+        last = f"{self.model.base_model_prefix}.layers.{len(layers) - 1}" if layers else ""
+        self._short = bool(layers) and shorten_last_layer(layers[-1], owner, last)
+        self.fused = {
+            "norms": fuse_norms(self.model), "mlps": fuse_mlps(self.model, owner),
+            "rotary": fuse_rotary(self.model), "last_layer": int(self._short),
+        }  # fmt: skip
+
     @property
     def precision(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def magnitudes(self, row: Tensor) -> Tensor:
+        """A row (P,) with DoRA's magnitudes at ||W||, where they start; unchanged without DoRA."""
+        for site in self.sites:
+            for m in site.adapted:
+                if self.layout.has(m.name, "mag"):
+                    w = site.weight[m.column : m.column + m.width].float()
+                    piece = self.layout.piece(m.name, "mag")
+                    self.layout.view(row[None], piece)[0, 0] = w.norm(dim=1).to(row)
+        return row
 
     def _check(self, probe: Tensor, stock: Tensor) -> None:
         """Eight tokens, as two packed sequences and one whole, must give the stock logits."""
@@ -212,26 +251,63 @@ class Base:
         return hidden
 
     def hidden(self, ids: Tensor, positions: Tensor, work: Pass) -> Tensor:
-        """Last hidden states (T, D) of one packed pass under the pass's adapters."""
-        # The modules keep the pass: recomputation in the backward meets them again.
-        for module in self._adapted:
-            module.work = work
-        return self._decode(ids, positions, work.segments)
+        """Last hidden states of one packed pass under the pass's adapters: (L, D) of its label
+        rows where it names them, else (T, D)."""
+        # The sites keep the pass: recomputation in the backward meets it again.
+        for site in self.sites:
+            site.enter(work)
+        hidden = self._decode(ids, positions, work.segments)
+        if work.label_rows is None or self._short:
+            return hidden
+        return take_rows(hidden, work.label_rows, work.label_repeats)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(L, D) -> (L, V) fp32, after the model's own scaling and soft-cap."""
         out: Tensor = head_logits(hidden, self.head, divide=self.divide, softcap=self.softcap)
         return out
 
-    def loss(
-        self, hidden: Tensor, targets: Tensor, slot: Tensor, weight: Tensor, slots: int
-    ) -> Tensor:
-        """(K,) weighted token loss of every slot."""
-        out: Tensor = linear_xent_ref(
-            hidden, self.head, targets, slot, weight, slots,
-            divide=self.divide, softcap=self.softcap,
+    def loss(self, hidden: Tensor, batch: PackedBatch, slots: int, tile: int = 0) -> Tensor:
+        """Weighted token loss of every slot, (K,) fp64, from the hidden states (L, D) of a
+        batch's label rows."""
+        nll, _ = torch.ops.fedsim.linear_xent(
+            hidden, self.head, batch.targets, batch.label_weight, tile, self.divide,
+            self.softcap or 0.0,
         )  # fmt: skip
+        mine = torch.arange(slots, device=nll.device)[:, None] == batch.label_slot
+        # In fp64 the sum of fp32 numbers is exact up to 29 binary orders of magnitude, so it does
+        # not depend on what else shares the pass; masks select, because 0 x NaN is NaN.
+        out: Tensor = torch.where(mine, nll.double(), 0.0).sum(1)
         return out
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear but the head, in the model's order."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+@contextmanager
+def _inputs_of(modules: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """Note the tensor that each module is called with inside the block."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.update({name: args[0]})
+
+    hooks = [m.register_forward_pre_hook(note(name)) for name, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _groups(modules: dict[str, nn.Linear], seen: dict[str, Tensor]) -> list[list[str]]:
+    """Names of linears that read the very same tensor, in the order of their first call."""
+    groups: dict[int, list[str]] = {}
+    for name, x in seen.items():
+        groups.setdefault(id(x), []).append(name)
+    return [*groups.values(), *([name] for name in modules if name not in seen)]
 
 
 def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:

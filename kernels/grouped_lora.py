@@ -158,7 +158,7 @@ define(
 )
 
 
-# The linear: frozen product and adapters as one differentiable operation
+# The linear: frozen product (none without a weight) and adapters as one differentiable operation
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
@@ -176,11 +176,11 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> T
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, a: Tensor, b: Tensor,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor, a: Tensor, b: Tensor,
     grad_a: Tensor, grad_b: Tensor, scale: Tensor, tables: list[Tensor], columns: list[int],
     widths: list[int], tile: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = tiled_linear(x, weight, bias, tile)
+    y = x.new_zeros(len(x), sum(widths)) if weight is None else tiled_linear(x, weight, bias, tile)
     h = torch.ops.fedsim.grouped_lora(y, x, a, b, scale, tables, columns, widths)
     return y, h
 
@@ -196,8 +196,10 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, h = ctx.saved_tensors
     weight, a, b, grad_a, grad_b, scale, tables, columns, widths, tile = ctx.frozen
     g = g.contiguous()
+    gx = None
     # Without an input that needs a gradient, this is the first adapter: nothing below it learns.
-    gx = tiled_linear(g, weight.T, None, tile) if ctx.needs_input_grad[0] else None
+    if ctx.needs_input_grad[0]:
+        gx = torch.zeros_like(x) if weight is None else tiled_linear(g, weight.T, None, tile)
     torch.ops.fedsim.grouped_lora_backward(
         g, x, h, a, b, scale, grad_a, grad_b, gx, tables, columns, widths
     )
@@ -205,7 +207,7 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 LIBRARY.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor anchor, Tensor a, Tensor b, "
+    "lora_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor anchor, Tensor a, Tensor b, "
     "Tensor grad_a, Tensor grad_b, Tensor scale, Tensor[] tables, int[] columns, int[] widths, "
     "int tile) -> (Tensor, Tensor)"
 )
@@ -213,8 +215,9 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("lora_linear", _linear, _key)
 torch.library.register_fake(
     "fedsim::lora_linear",
-    lambda x, weight, bias, anchor, a, *_: (
-        x.new_empty(len(x), len(weight)), a.new_empty(len(x), a.shape[1])
+    lambda x, weight, bias, anchor, a, *rest: (
+        x.new_empty(len(x), sum(rest[6]) if weight is None else len(weight)),
+        a.new_empty(len(x), a.shape[1]),
     ),
     lib=LIBRARY,
 )  # fmt: skip
