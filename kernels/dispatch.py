@@ -47,11 +47,11 @@ def define(
     reference: Callable[..., Any],
     native: Callable[..., Any],
     fake: Callable[..., Any],
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> None:
     """Define `fedsim::<schema>` with its three implementations and its meta form.
 
-    The first argument is a tensor: native code has fp32 and bf16, other dtypes on CPU take the
-    reference.
+    Native code has `dtypes` of the first argument, a tensor; others on CPU take the reference.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -62,7 +62,7 @@ def define(
             return getattr(importlib.import_module(f"fedsim_kernels.cuda.{file}"), name)(
                 first, *rest
             )
-        if which == "native" and first.dtype in (torch.float32, torch.bfloat16):
+        if which == "native" and first.dtype in dtypes:
             return native(first, *rest)
         return reference(first, *rest)
 
