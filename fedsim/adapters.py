@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import fedsim_kernels.adamw  # noqa: F401  registers the operation
 from fedsim import seeds
 from fedsim.core import AdapterLayout
-from fedsim_kernels.adamw import adamw_ref
-
-Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def initial_row(layout: AdapterLayout, key: int) -> Tensor:
@@ -27,28 +25,46 @@ def initial_row(layout: AdapterLayout, key: int) -> Tensor:
 
 
 class AdapterBank:
-    """fp32 rows, gradients and Adam moments of K slots.
+    """fp32 rows, gradients and Adam moments of K slots: 16 bytes a number and slot.
 
     Attributes:
         rows, grads: (K, P) fp32.
-        factors, grad_factors: module -> views (A (K, R, I), B (K, O, R)) of each.
+        factors, grad_factors: views of each, site by site.
     """
 
-    def __init__(self, layout: AdapterLayout, slots: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: AdapterLayout, slots: int, device: torch.device, *, lora_plus: float = 1.0
+    ) -> None:
+        """`lora_plus`: the learning rate of B over that of A (arXiv:2402.12354)."""
         self.slots = slots
         shape = (slots, layout.size)
         self.rows = torch.zeros(shape, device=device)
         self.grads = torch.zeros(shape, device=device)
         self._m = torch.zeros(shape, device=device)
         self._v = torch.zeros(shape, device=device)
-        self.factors: Factors = layout.factors(self.rows)
-        self.grad_factors: Factors = layout.factors(self.grads)
+        self.factors = layout.site_views(self.rows)
+        self.grad_factors = layout.site_views(self.grads)
+        self._rank = layout.rank
+        self._numbers = rank_numbers(layout).to(device)
+        self._lr_scale = None
+        if lora_plus != 1:
+            scale = torch.ones(1, layout.size)
+            for piece in layout.pieces:
+                if piece.kind == "B":
+                    layout.view(scale, piece).fill_(lora_plus)
+            self._lr_scale = scale[0].to(device)
 
-    def load(self, row: Tensor) -> None:
-        """Start every slot from one row, with fresh moments."""
-        self.rows.copy_(row.expand_as(self.rows))
-        self._m.zero_()
-        self._v.zero_()
+    def cut(self, row: Tensor, rank: int) -> Tensor:
+        """The row (P,) of a client of this rank: exactly zero beyond it."""
+        if rank == self._rank:
+            return row
+        return torch.where(self._numbers < rank, row, 0)
+
+    def load(self, slot: int, row: Tensor) -> None:
+        """Start one slot from a row (P,), with fresh moments; no other slot is touched."""
+        self.rows[slot].copy_(row)
+        self._m[slot].zero_()
+        self._v[slot].zero_()
 
     def step(
         self,
@@ -62,8 +78,18 @@ class AdapterBank:
         max_norm: float,
     ) -> Tensor:
         """One AdamW step of the active slots; returns their gradient norms (K,)."""
-        norms: Tensor = adamw_ref(
-            self.rows, self.grads, self._m, self._v, lr=lr, step=step, active=active,
-            betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm,
+        norms: Tensor = torch.ops.fedsim.adamw(
+            self.rows, self.grads, self._m, self._v, lr, step, active, self._lr_scale,
+            *betas, eps, weight_decay, max_norm,
         )  # fmt: skip
         return norms
+
+
+def rank_numbers(layout: AdapterLayout) -> Tensor:
+    """Which row of A or column of B each of the P numbers belongs to, from 0: (P,) int16."""
+    numbers = torch.zeros(1, layout.size, dtype=torch.int16)
+    of = torch.arange(layout.rank, dtype=torch.int16)
+    for piece in layout.pieces:
+        if piece.kind in ("A", "B"):
+            layout.view(numbers, piece).copy_(of[:, None] if piece.kind == "A" else of)
+    return numbers[0]

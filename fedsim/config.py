@@ -7,12 +7,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedsim.errors import ConfigError, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Rank = Annotated[int, Field(strict=True, ge=1, le=1024)]
+Recompute = Annotated[
+    Literal["never", "auto", "always"],
+    BeforeValidator(lambda v: ("never", "always")[v] if isinstance(v, bool) else v),
+]
 
 
 class Section(BaseModel):
@@ -38,10 +50,21 @@ class Model(Section):
 
 
 class Adapter(Section):
-    rank: int = Field(32, ge=1, le=1024)
+    rank: Rank = 32
+    ranks: Annotated[tuple[Rank, ...], Field(strict=False)] = Field(
+        (), description="each client draws one of these; empty: all have adapter.rank"
+    )
     alpha: float = Field(64.0, gt=0)
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), not alpha / rank")
+    lora_plus: float = Field(1.0, ge=1, description="B's learning rate over A's")
+    dora: bool = Field(False, description="train the magnitude of every adapted row, too")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Names = Field((), description="module names; empty: PEFT's default for the model")
+
+    def scale(self, rank: int | None = None) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732); r: `rank` if not given."""
+        r = self.rank if rank is None else rank
+        return self.alpha / (r**0.5 if self.rslora else r)
 
 
 class Data(Section):
@@ -78,10 +101,24 @@ class Train(Section):
     eps: float = Field(1e-8, gt=0)
     slots: int = Field(32, ge=1, description="clients trained in one pass")
     budget_tokens: int = Field(0, ge=0, description="packed tokens in one pass; 0: by device")
+    mode: Literal["fast", "strict"] = Field(
+        "fast", description="strict: bit for bit the same in any packing"
+    )
+    chunk_tokens: int = Field(512, ge=1, description="of one chunk of a step; with mode = strict")
+    tile: Literal[16, 32, 64, 128, 256] = Field(
+        64, description="rows of one product; with mode = strict"
+    )
     shared_prefix: bool = Field(
         True, description="compute a step's common prompt prefix once, where dropout is 0"
     )
-    recompute: bool = Field(False, description="recompute activations in the backward")
+    recompute: Recompute = Field(
+        "never", description="activations in the backward; auto: where memory asks for it"
+    )
+
+    @property
+    def rows_per_product(self) -> int:
+        """The tile in strict mode; 0 where the rows of a product are as they come."""
+        return self.tile if self.mode == "strict" else 0
 
 
 class Evaluate(Section):
@@ -109,12 +146,36 @@ class Config(Section):
                 f"train.lr_min: got {self.train.lr_min}; expected <= train.lr_max "
                 f"({self.train.lr_max})"
             )
+        if self.train.beta1**2 >= self.train.beta2:
+            raise ValueError(
+                f"train.beta1: got {self.train.beta1}; expected beta1^2 < train.beta2 "
+                f"({self.train.beta2}), or a step of Adam has no bound"
+            )
         if 0 < self.train.budget_tokens < self.data.max_length:
             raise ValueError(
                 f"train.budget_tokens: got {self.train.budget_tokens}; expected >= "
                 f"data.max_length ({self.data.max_length}), or a sequence may not fit a pass"
             )
+        if 0 < self.train.budget_tokens < self.largest_chunk:
+            raise ValueError(
+                f"train.budget_tokens: got {self.train.budget_tokens}; expected >= "
+                f"{self.largest_chunk}, or a chunk of train.chunk_tokens "
+                f"({self.train.chunk_tokens}) in whole tiles may not fit a pass"
+            )
+        if self.adapter.ranks and max(self.adapter.ranks) != self.adapter.rank:
+            raise ValueError(
+                f"adapter.rank: got {self.adapter.rank}; expected {max(self.adapter.ranks)}, the "
+                "largest of adapter.ranks: the server's adapter has that rank"
+            )
         return self
+
+    @property
+    def largest_chunk(self) -> int:
+        """Most packed rows that cannot be split over passes."""
+        if self.train.mode == "fast":
+            return self.data.max_length
+        rows = max(self.train.chunk_tokens, self.data.max_length)
+        return -(-rows // self.train.tile) * self.train.tile
 
     @property
     def per_round(self) -> int:

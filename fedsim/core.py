@@ -6,8 +6,9 @@ adapter, T packed tokens in a pass, B sequences in it, R rank, I/O linear in/out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ class Piece:
     """One factor of one target module inside an adapter's row."""
 
     module: str
-    kind: str  # "A" (R, I) or "B" (O, R)
+    kind: str  # "A" (R, I), "B" (O, R), or with DoRA "mag" (1, O)
     shape: tuple[int, int]
     offset: int
 
@@ -35,32 +36,81 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class SiteViews:
+    """The factors of a site's n modules as views of a (K, P) matrix: (K, n R, I), (K, sum O, R)
+    and, with DoRA, (K, sum O)."""
+
+    a: Tensor
+    b: Tensor
+    mag: Tensor | None
+
+
+@dataclass(frozen=True)
 class AdapterLayout:
     """Where each LoRA factor lies in a row of P numbers.
 
-    A piece starts at a multiple of 16 elements; the gaps between pieces stay zero and count
-    neither in norms nor in traffic. A client of rank r < R uses the first r rows of A and the
-    first r columns of B; the rest stays exactly zero.
+    Target modules that read the same input form a site. The A of a site lie below each other, and
+    so do its B, so that one product serves all of them; each of the two starts at a multiple of
+    16 elements. The gaps between stay zero and count neither in norms nor in traffic. A client of
+    rank r < R uses the first r rows of A and the first r columns of B; the rest stays exactly
+    zero.
+
+    Attributes:
+        sites: the module names of each site.
+        rank: R, the largest rank of any client.
+        size: P.
     """
 
     pieces: tuple[Piece, ...]
+    sites: tuple[tuple[str, ...], ...]
     rank: int
     size: int
 
     @classmethod
-    def build(cls, targets: Mapping[str, tuple[int, int]], rank: int) -> AdapterLayout:
-        """Lay out A and B of every target module, in the order given.
+    def build(
+        cls,
+        targets: Mapping[str, tuple[int, int]],
+        rank: int,
+        *,
+        sites: Sequence[Sequence[str]] | None = None,
+        dora: bool = False,
+    ) -> AdapterLayout:
+        """Lay out the factors of every target module, site by site.
 
         Args:
             targets: module name -> (in features I, out features O).
             rank: R, the largest rank of any client.
+            sites: modules that read the same input; each by itself when not given.
+            dora: each output feature also has a magnitude.
         """
+        groups = tuple(tuple(site) for site in sites or [[name] for name in targets])
         pieces, offset = [], 0
-        for module, (features_in, features_out) in targets.items():
-            for kind, shape in (("A", (rank, features_in)), ("B", (features_out, rank))):
-                pieces.append(Piece(module, kind, shape, offset))
-                offset += -(-shape[0] * shape[1] // _ALIGN) * _ALIGN
-        return cls(tuple(pieces), rank, offset)
+        for site in groups:
+            for kind in ("A", "B", "mag")[: 3 if dora else 2]:
+                for module in site:
+                    i, o = targets[module]
+                    shape = {"A": (rank, i), "B": (o, rank), "mag": (1, o)}[kind]
+                    pieces.append(Piece(module, kind, shape, offset))
+                    offset += shape[0] * shape[1]
+                offset = -(-offset // _ALIGN) * _ALIGN
+        return cls(tuple(pieces), groups, rank, offset)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Every target module, site by site."""
+        return tuple(name for site in self.sites for name in site)
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], Piece]:
+        return {(p.module, p.kind): p for p in self.pieces}
+
+    def piece(self, module: str, kind: str) -> Piece:
+        """One factor of one module."""
+        return self._by_name[module, kind]
+
+    def has(self, module: str, kind: str) -> bool:
+        """Does this module have such a factor?"""
+        return (module, kind) in self._by_name
 
     def view(self, matrix: Tensor, piece: Piece) -> Tensor:
         """One piece of every row: (K, P) -> strided view (K, *shape), no copy."""
@@ -69,15 +119,34 @@ class AdapterLayout:
 
     def factors(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """module -> views (A (K, R, I), B (K, O, R)) of a (K, P) matrix."""
-        out: dict[str, tuple[Tensor, Tensor]] = {}
-        for a, b in zip(self.pieces[::2], self.pieces[1::2], strict=True):
-            out[a.module] = (self.view(matrix, a), self.view(matrix, b))
-        return out
+        return {
+            name: (self.view(matrix, self.piece(name, "A")), self.view(matrix, self.piece(name, "B")))
+            for name in self.modules
+        }  # fmt: skip
+
+    def site_views(self, matrix: Tensor) -> tuple[SiteViews, ...]:
+        """The factors of every site as views of a (K, P) matrix."""
+        out = []
+        for site in self.sites:
+            views = []
+            for kind in ("A", "B", "mag"):
+                pieces = [p for m in site if (p := self._by_name.get((m, kind)))]
+                if not pieces:
+                    views.append(None)
+                    continue
+                first, last = pieces[0], pieces[-1]
+                span = matrix[:, first.offset : last.offset + last.size]
+                views.append(span.view(len(matrix), -1, first.shape[1]) if kind != "mag" else span)
+            a, b, mag = views
+            assert a is not None and b is not None
+            out.append(SiteViews(a, b, mag))
+        return tuple(out)
 
     def numel(self, rank: int | None = None) -> int:
-        """Numbers that one client of this rank trains and sends: sum of r (I + O)."""
+        """Numbers that one client of this rank trains and sends: sum of r (I + O), and O with
+        DoRA."""
         r = self.rank if rank is None else rank
-        return sum(p.size // self.rank * r for p in self.pieces)
+        return sum(p.size if p.kind == "mag" else p.size // self.rank * r for p in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -104,14 +173,15 @@ class RoundPlan:
     """Who trains in a round, how much, and who shares a pass.
 
     `lanes` are ordered queues of positions in `client_ids`; a device works a lane off through
-    its K slots. They follow from the plan and the configuration alone, never from the device.
+    its K slots. They follow from the plan and the configuration alone, never from the device,
+    and lie behind each other: the plan's order is the order of its lanes.
     """
 
     round: int
-    client_ids: np.ndarray  # (M,) int64, ascending
+    client_ids: np.ndarray  # (M,) int64, ascending within a lane
     weights: np.ndarray  # (M,) float64, e.g. examples held
     rank: np.ndarray  # (M,) int64
-    scale: np.ndarray  # (M,) float64, alpha / rank
+    scale: np.ndarray  # (M,) float64, alpha / rank, or alpha / sqrt(rank)
     steps: np.ndarray  # (M,) int64 optimiser steps
     lr: np.ndarray  # (M,) float64
     version: np.ndarray  # (M,) int64, the server round the client starts from
@@ -122,33 +192,10 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """One pass: sequences of several clients, end to end, without padding.
-
-    Sequences of a slot are adjacent. `parent[b]` is the sequence whose tokens precede b's
-    (a shared prefix), or -1; positions continue from it.
-    """
-
-    input_ids: Tensor  # (T,) int64
-    position_ids: Tensor  # (T,) int64
-    lengths: np.ndarray  # (B,) int64
-    slot: np.ndarray  # (B,) int64
-    sequence: np.ndarray  # (B,) int64, index within its client's step
-    parent: np.ndarray  # (B,) int64
-    label_rows: Tensor  # (L,) int64 packed rows whose next token is a label
-    targets: Tensor  # (L,) int64
-    label_slot: Tensor  # (L,) int64
-    label_weight: Tensor  # (L,) fp32, 1 / label tokens of the client's whole step
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
 class LocalRule:
     """Local training as data, so that every rule trains batched: never a callback."""
 
-    start: Tensor  # (P,) fp32, the row that every client starts from
+    start: Tensor  # (P,) fp32; a client of rank r starts from its first r rows of A, columns of B
 
 
 @dataclass(frozen=True)
@@ -157,7 +204,7 @@ class ClientUpdates:
 
     index: np.ndarray  # (k,) int64 positions in the plan
     row: Tensor  # (k, P) fp32
-    start: Tensor  # (P,) fp32
+    start: Tensor  # (P,) fp32, the row that all of them started from, cut to their rank
     tokens: np.ndarray  # (k,) int64
     loss_first: np.ndarray  # (k,) float64
     loss_last: np.ndarray  # (k,) float64

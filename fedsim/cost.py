@@ -1,11 +1,10 @@
-"""What a run will cost: parameters, bytes, tokens, memory. No weights are loaded."""
+"""What a run will cost: parameters, bytes, tokens, passes, memory. No weights are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fedsim import domains, peft_io, seeds, strategies, weights
@@ -13,12 +12,24 @@ from fedsim.config import Config
 from fedsim.core import AdapterLayout, pick_device
 from fedsim.data import partition, sources, tokens
 from fedsim.display import over_budget
+from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype, target_linears
-from fedsim.plan import pass_budget, plan_round, step_examples, waves
-from fedsim.record import MIB, total_mib, transfer_mib
+from fedsim.packing import pack, passes
+from fedsim.plan import pass_budget, plan_round, sampled, step_examples
+from fedsim.record import MIB, Meter, total_mib, transfer_mib
 
-# fp32 rows, gradients and two moments; three more while AdamW steps, one row set going out.
+# fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
 _BYTES_PER_SLOT_NUMBER = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is passed through the model: tokens of all rounds; passes of the first."""
+
+    tokens: int
+    passes: int
+    utilisation: float
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -27,36 +38,31 @@ class Estimate:
 
     config: Config
     base_numbers: int
-    adapter_numbers: int
-    row_numbers: int
-    tokens: int | None
-    longest_step: int | None
-    bytes_per_number: int
+    layout: AdapterLayout
+    mib: float  # sent in the whole run, both directions
+    budget: int  # packed tokens of one pass
+    work: Work | None  # None where the data or the tokenizer are not here
+    state_mib: float  # base and slots
+    activation_mib: float  # of the longest pass
+    recompute: bool
 
     @property
-    def mib(self) -> float:
-        """MiB sent in the whole run, both directions."""
-        c = self.config
-        return total_mib(self.adapter_numbers, c.per_round, c.server.rounds)
+    def adapter_numbers(self) -> int:
+        """Of the largest rank."""
+        return self.layout.numel()
 
     @property
     def over_budget(self) -> str:
         return over_budget(self.mib)
 
-    @property
-    def memory_mib(self) -> float:
-        """Base and slots; activations come on top, by tokens in a pass."""
-        slots = max(len(w) for w in waves(np.arange(self.config.per_round),
-                                          self.config.train.slots))  # fmt: skip
-        state = slots * self.row_numbers * _BYTES_PER_SLOT_NUMBER
-        return (self.base_numbers * self.bytes_per_number + state) / MIB
-
     def lines(self) -> Iterator[tuple[str, str]]:
         """(what, figure), for people."""
-        c = self.config
+        c, train = self.config, self.config.train
         share = self.adapter_numbers / self.base_numbers
+        ranks = sorted(set(c.adapter.ranks or [c.adapter.rank]))
         yield "base", f"{self.base_numbers:,} parameters"
         yield "adapter", f"{self.adapter_numbers:,} parameters ({share:.2%} of the base)"
+        yield "ranks", ", ".join(map(str, ranks)) + (", by client" if ranks[1:] else "")
         yield (
             "clients",
             (
@@ -64,15 +70,25 @@ class Estimate:
                 f"{c.server.rounds * c.per_round} visits"
             ),
         )
-        yield "one transfer", f"{transfer_mib(self.adapter_numbers):,.1f} MiB"
+        sizes = [f"{transfer_mib(self.layout.numel(r)):,.1f}" for r in (ranks[0], ranks[-1])]
+        yield "one transfer", " to ".join(dict.fromkeys(sizes)) + " MiB"
         yield "all transfers", f"{self.mib:,.0f} MiB"
-        yield "optimiser steps", f"{c.server.rounds * c.per_round * c.train.steps:,}"
-        if self.tokens is not None:
-            yield "tokens trained", f"{self.tokens:,}"
-            yield "longest pass", f"{self.longest_step:,} tokens before sharing prefixes"
+        yield "optimiser steps", f"{c.server.rounds * c.per_round * train.steps:,}"
+        chunks = f" in chunks of {train.chunk_tokens}, products of {train.tile} rows"
+        yield "mode", train.mode + (chunks if train.mode == "strict" else "")
+        yield "passes", f"at most {self.budget:,} tokens of {train.slots} clients"
+        if self.work is not None:
+            w = self.work
+            yield "tokens trained", f"{w.tokens:,}"
+            yield (
+                "first round",
+                f"{w.passes:,} passes, {w.utilisation:.0%} full; at most {w.longest:,} tokens",
+            )
         else:
             yield "tokens trained", "unknown: the data or the tokenizer are not here"
-        yield "memory", f"{self.memory_mib:,.0f} MiB for base and slots, activations on top"
+        yield "memory", f"{self.state_mib:,.0f} MiB for base and slots"
+        how = "recomputed" if self.recompute else "kept"
+        yield "", f"{self.activation_mib:,.0f} MiB for activations of a full pass, {how}"
 
 
 def estimate(config: Config) -> Estimate:
@@ -88,12 +104,30 @@ def estimate(config: Config) -> Estimate:
     targets = config.adapter.targets or peft_io.default_targets(hf.model_type)
     shapes = {n: (m.in_features, m.out_features)
               for n, m in target_linears(model, targets).items()}  # fmt: skip
-    layout = AdapterLayout.build(shapes, config.adapter.rank)
+    layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)
     store = _store(config, found)
-    count, longest = _tokens(config, store) if store else (None, None)
-    dtype = compute_dtype(config, pick_device(config.run.device))
-    return Estimate(config, sum(p.numel() for p in model.parameters()), layout.numel(),
-                    layout.size, count, longest, dtype.itemsize)  # fmt: skip
+    device = pick_device(config.run.device)
+    dtype, budget = compute_dtype(config, device), pass_budget(config, device)
+    work = _work(config, store, budget) if store else None
+    numbers = sum(p.numel() for p in model.parameters())
+    slots = min(config.train.slots, config.per_round)
+    recompute = recomputes(config, hf, device, dtype)
+    rows = work.longest if work else budget
+    return Estimate(
+        config, numbers, layout, _traffic(config, layout), budget, work,
+        (numbers * dtype.itemsize + slots * layout.size * _BYTES_PER_SLOT_NUMBER) / MIB,
+        activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
+    )  # fmt: skip
+
+
+def _traffic(config: Config, layout: AdapterLayout) -> float:
+    """MiB of the whole run: each client sends and receives what its rank has."""
+    rounds = config.server.rounds
+    if not config.adapter.ranks:
+        return total_mib(layout.numel(), config.per_round, rounds)
+    key, n = seeds.run_key(config.run.seed), config.clients.number
+    ranks = [r for round in range(1, rounds + 1) for r in sampled(config, n, round, key)[1]]
+    return 2 * sum(transfer_mib(layout.numel(int(r))) for r in ranks)
 
 
 def _store(config: Config, found: weights.Weights) -> tokens.TokenStore | None:
@@ -105,21 +139,24 @@ def _store(config: Config, found: weights.Weights) -> tokens.TokenStore | None:
     return tokens.training_store(rows, domain, weights.tokenizer(found), config)
 
 
-def _tokens(config: Config, store: tokens.TokenStore) -> tuple[int, int]:
-    """Exactly the tokens that the run will train, and those of its longest pass."""
-    key = seeds.run_key(config.run.seed)
+def _work(config: Config, store: tokens.TokenStore, budget: int) -> Work:
+    """Exactly the tokens that the run will train, and exactly the first round's passes."""
+    key, lengths = seeds.run_key(config.run.seed), store.lengths
     population = partition.build(config, len(store))
-    lengths = store.lengths
-    total = longest = 0
+    total = 0
     for round in range(1, config.server.rounds + 1):
         plan = plan_round(config, population, round, key)
-        per_step = np.zeros((len(plan), config.train.steps), dtype=np.int64)
-        for i, client in enumerate(plan.client_ids):
-            owned = population.of(int(client))
-            for step in range(config.train.steps):
-                picked = step_examples(config, owned, key, int(client), round, step)
-                per_step[i, step] = lengths[picked].sum()
-        total += int(per_step.sum())
-        for wave in waves(np.arange(len(plan)), config.train.slots):
-            longest = max(longest, int(per_step[wave].sum(0).max()))
-    return total, min(longest, pass_budget(config, pick_device(config.run.device)))
+        for client, steps in zip(plan.client_ids.tolist(), plan.steps.tolist(), strict=True):
+            owned = population.of(client)
+            for step in range(steps):
+                picked = step_examples(config, owned, key, client, round, step)
+                total += int(lengths[picked].sum())
+    plan = plan_round(config, population, 1, key)
+    meter, longest = Meter(), 0
+    for lane in plan.lanes:
+        for _, parts in passes(config, store, population, plan, lane, budget, key):
+            batch = pack(store, parts, config.train.rows_per_product)
+            meter.count(rows=batch.rows, budget=budget)
+            longest = max(longest, len(batch))
+    assert meter.utilisation is not None
+    return Work(total, meter.passes, meter.utilisation, longest)

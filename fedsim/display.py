@@ -36,7 +36,9 @@ class _Figures(ProgressColumn):
         m = self._meter
         parts = []
         if m.clients:
-            parts.append(f"{m.clients} clients in one pass")
+            parts.append(f"{m.clients} client{'s' * (m.clients > 1)} in one pass")
+        if m.utilisation is not None:
+            parts.append(f"{m.utilisation:.0%} full")
         if m.loss is not None:
             parts.append(f"loss {m.loss:.3f}")
         if m.tokens:

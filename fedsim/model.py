@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.batch import PackedBatch
 from fedsim.config import Config
-from fedsim.core import AdapterLayout, PackedBatch
+from fedsim.core import AdapterLayout
 from fedsim.errors import ModelError, nearest
 from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
 from fedsim.lora import Pass, Site, SiteMember

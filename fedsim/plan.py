@@ -1,20 +1,20 @@
-"""Plans: who trains in a round, on which examples, and how their tokens share passes."""
+"""Plans: who trains in a round, on which examples, and which passes their steps share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim import seeds
 from fedsim.config import Config
-from fedsim.core import PackedBatch, Population, RoundPlan
-from fedsim.data.tokens import TokenStore
+from fedsim.core import Population, RoundPlan
 
-_MIN_PREFIX = 8  # tokens; a shorter shared prefix costs more bookkeeping than it saves
+_WAITING = 4  # finished clients for each slot that may wait for one that comes before them
 
 
 def pass_budget(config: Config, device: torch.device) -> int:
@@ -24,7 +24,7 @@ def pass_budget(config: Config, device: torch.device) -> int:
     6,800 tokens (SmolLM2-135M, 2 cores) took 16 to 21 s in one pass, 12.5 to 13.5 s in four.
     """
     fitting = 16384 if device.type == "cuda" else 2048
-    return config.train.budget_tokens or max(fitting, config.data.max_length)
+    return config.train.budget_tokens or max(fitting, config.largest_chunk)
 
 
 def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
@@ -35,29 +35,42 @@ def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * round / rounds))
 
 
+def sampled(config: Config, clients: int, round: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+    """The clients of a round, without replacement, and their ranks: (M,) int64 each.
+
+    A client keeps its rank in all rounds: one of `adapter.ranks`, each as probable as it is
+    frequent there. Clients are ordered by rank, up to the next power of two, then by number.
+    """
+    order = seeds.permutation(key, seeds.Purpose.SAMPLING, clients, round=round)
+    ids = np.sort(order[: config.per_round]).astype(np.int64)
+    ranks = np.array(config.adapter.ranks or [config.adapter.rank])
+    words = seeds.first_words(key, seeds.Purpose.RANK, ids)
+    rank = ranks[words * len(ranks) >> 32]
+    order = np.argsort(_bucket(rank), kind="stable")
+    return ids[order], rank[order]
+
+
+def _bucket(rank: np.ndarray) -> np.ndarray:
+    """ceil(log2(rank)): clients of one bucket share passes, so none pays for a far larger rank."""
+    return np.array([(int(r) - 1).bit_length() for r in rank])
+
+
 def plan_round(config: Config, population: Population, round: int, key: int) -> RoundPlan:
-    """Sample the round's clients without replacement and write down their work."""
-    m = config.per_round
-    order = seeds.permutation(key, seeds.Purpose.SAMPLING, len(population), round=round)
-    ids = np.sort(order[:m]).astype(np.int64)
-    train, adapter = config.train, config.adapter
+    """Sample the round's clients and write down their work; a lane for each bucket of ranks."""
+    ids, rank = sampled(config, len(population), round, key)
+    m, train = len(ids), config.train
     lr = cosine_lr(round, config.server.rounds, train.lr_max, train.lr_min)
     return RoundPlan(
         round=round,
         client_ids=ids,
         weights=population.sizes[ids].astype(np.float64),
-        rank=np.full(m, adapter.rank),
-        scale=np.full(m, adapter.alpha / adapter.rank),
+        rank=rank,
+        scale=np.array([config.adapter.scale(int(r)) for r in rank]),
         steps=np.full(m, train.steps),
         lr=np.full(m, lr),
         version=np.full(m, round - 1),
-        lanes=(np.arange(m),),
+        lanes=tuple(np.split(np.arange(m), np.flatnonzero(np.diff(_bucket(rank))) + 1)),
     )
-
-
-def waves(lane: np.ndarray, slots: int) -> list[np.ndarray]:
-    """Cut a lane into groups of at most `slots` clients that share passes, of even size."""
-    return np.array_split(lane, -(-len(lane) // slots))
 
 
 def step_examples(
@@ -79,124 +92,173 @@ def step_examples(
     return picked
 
 
-def common_prefix(rows: Sequence[np.ndarray], limit: int) -> int:
-    """Number of leading tokens, at most `limit`, that all rows share."""
-    first = rows[0][:limit]
-    n = len(first)
-    for row in rows[1:]:
-        differs = np.flatnonzero(first[:n] != row[:n])
-        n = int(differs[0]) if len(differs) else n
-    return n
+@dataclass(frozen=True)
+class Load:
+    """Packed rows of one local step.
+
+    Attributes:
+        units: rows of each unit; a pass takes whole units.
+        again: rows on top in every pass that has a part of the step: a prefix that its sequences
+            share.
+    """
+
+    units: tuple[int, ...]
+    again: int = 0
 
 
-class Packer:
-    """Fills one pass: sequences end to end, each with its slot, positions and labels."""
+@dataclass(frozen=True)
+class Part:
+    """What one client adds to one pass: units first..end of one of its steps."""
 
-    def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
-        self._positions: list[np.ndarray] = []
-        self._meta: list[tuple[int, int, int]] = []  # slot, sequence, parent
-        self._labels: list[tuple[int, int, int, float]] = []  # row, target, slot, weight
-        self.tokens = 0
-
-    def sequence(
-        self, ids: np.ndarray, slot: int, sequence: int, position: int = 0, parent: int = -1
-    ) -> int:
-        """Add tokens that start at `position`; returns the first packed row."""
-        row = self.tokens
-        self._ids.append(ids)
-        self._positions.append(np.arange(position, position + len(ids)))
-        self._meta.append((slot, sequence, parent))
-        self.tokens += len(ids)
-        return row
-
-    @property
-    def last(self) -> int:
-        """Index of the sequence added last."""
-        return len(self._ids) - 1
-
-    def labels(self, first: int, targets: np.ndarray, slot: int, weight: float) -> None:
-        """Rows first, first + 1, ... predict the targets."""
-        self._labels += [(first + j, int(t), slot, weight) for j, t in enumerate(targets)]
-
-    def finish(self, device: torch.device) -> PackedBatch:
-        """The packed pass on its device."""
-        slot, sequence, parent = np.array(self._meta, dtype=np.int64).T
-        labels = list(zip(*self._labels, strict=True)) or [()] * 4
-        rows, targets, label_slot, weight = labels
-
-        def move(values: object, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.as_tensor(np.asarray(values), dtype=dtype).to(device, non_blocking=True)
-
-        return PackedBatch(
-            input_ids=move(np.concatenate(self._ids)),
-            position_ids=move(np.concatenate(self._positions)),
-            lengths=np.array([len(ids) for ids in self._ids]),
-            slot=slot,
-            sequence=sequence,
-            parent=parent,
-            label_rows=move(rows),
-            targets=move(targets),
-            label_slot=move(label_slot),
-            label_weight=move(weight, torch.float32),
-        )
+    slot: int
+    client: int  # position in the lane
+    step: int
+    first: int
+    end: int
+    completes: bool  # these are the last units of the step
 
 
-def _groups(
-    store: TokenStore, work: Sequence[tuple[int, np.ndarray]], budget: int
-) -> list[list[tuple[int, int, int]]]:
-    """Cut a step into passes of whole sequences within the budget: (slot, sequence, example)."""
-    passes: list[list[tuple[int, int, int]]] = [[]]
-    used = 0
-    lengths = store.lengths
-    for slot, examples in work:
-        for sequence, example in enumerate(examples):
-            if passes[-1] and used + lengths[example] > budget:
-                passes.append([])
-                used = 0
-            passes[-1].append((slot, sequence, int(example)))
-            used += int(lengths[example])
-    return passes
+@dataclass(frozen=True)
+class Shift:
+    """One pass, and who comes before it and goes after it."""
+
+    enter: tuple[tuple[int, int], ...]  # (slot, position in the lane)
+    parts: tuple[Part, ...]  # by slot
+    leave: tuple[tuple[int, int], ...]  # (slot, position in the lane)
+    rows: int
 
 
-def pack_step(
-    store: TokenStore,
-    work: Sequence[tuple[int, np.ndarray]],
-    *,
-    budget: int,
-    shared_prefix: bool,
-    device: torch.device,
-) -> list[PackedBatch]:
-    """One local step of several clients, as one pass, or several where the budget asks for it.
+@dataclass
+class _Resident:
+    """A client in its slot; `load` is that of its present step."""
 
-    A client's loss is the mean over its label tokens of the *whole* step, so weights are known
-    before the first pass and gradients of the passes add up to the step's.
+    client: int
+    load: Load
+    step: int = 0
+    unit: int = 0
+
+    def rows(self, end: int | None = None) -> int:
+        return self.load.again + sum(self.load.units[self.unit : end])
+
+
+def schedule(
+    steps: Sequence[int], load: Callable[[int, int], Load], slots: int, budget: int
+) -> Iterator[Shift]:
+    """Work a lane off: passes of at most `budget` rows, filled from up to `slots` clients.
+
+    A client whose steps are done leaves, and the next one has its slot from the following pass
+    on. Next is the one with most steps among the 4 K clients from the first unfinished one on:
+    the longest should not be last, and no more than 4 K finished ones ever wait for their turn.
 
     Args:
-        work: (slot, examples of this step) of each client, by ascending slot.
-        shared_prefix: compute the leading tokens that a client's sequences of a pass have in
-            common once. Exact: labels never lie in it, and rows attend to it as before.
+        steps: optimiser steps of each client of the lane, each >= 1.
+        load: of a client's step; asked once for each, when it begins.
+
+    Yields:
+        Every step of every client, in units, each once and in order. A pass holds at most one
+        step of a client and exceeds the budget only when it is a single unit that does.
     """
-    weight = {
-        slot: 1.0 / max(1, int((store.lengths[ex] - store.label_start[ex]).sum()))
-        for slot, ex in work
-    }
-    out = []
-    for group in _groups(store, work, budget):
-        packer = Packer()
-        for slot in dict.fromkeys(s for s, _, _ in group):
-            members = [(q, e) for s, q, e in group if s == slot]
-            rows = [store.of(e) for _, e in members]
-            starts = [int(store.label_start[e]) for _, e in members]
-            prefix, parent = 0, -1
-            if shared_prefix and len(rows) > 1:
-                prefix = common_prefix(rows, min(starts) - 1)
-                prefix = prefix if prefix >= _MIN_PREFIX else 0
-            if prefix:
-                packer.sequence(rows[0][:prefix], slot, members[0][0])
-                parent = packer.last
-            for (sequence, _), ids, start in zip(members, rows, starts, strict=True):
-                first = packer.sequence(ids[prefix:], slot, sequence, prefix, parent)
-                packer.labels(first + start - 1 - prefix, ids[start:], slot, weight[slot])
-        out.append(packer.finish(device))
-    return out
+    lane = _Lane(list(steps), load, slots, budget)
+    while lane.unfinished < len(steps):
+        enter = lane.admit()
+        parts = lane.fill()
+        leave = [(p.slot, p.client) for p in parts if p.completes and lane.left[p.client] == 1]
+        rows = sum(lane.residents[p.slot].rows(p.end) for p in parts)
+        yield Shift(tuple(enter), tuple(parts), tuple(leave), rows)
+        lane.advance(parts)
+
+
+class _Lane:
+    """The state of a schedule."""
+
+    def __init__(
+        self, left: list[int], load: Callable[[int, int], Load], slots: int, budget: int
+    ) -> None:
+        self.left, self.budget = left, budget  # steps that each client has to go
+        self.unfinished = 0  # the first client that is not done
+        self.residents: dict[int, _Resident] = {}
+        self._load, self._slots = load, slots
+        self._queue = list(range(len(left)))
+        self._rows = self._begun = 0  # of the steps begun so far: their mean predicts the others
+
+    def _begin(self, client: int, step: int) -> Load:
+        load = self._load(client, step)
+        self._rows += load.again + sum(load.units)
+        self._begun += 1
+        return load
+
+    def admit(self) -> list[tuple[int, int]]:
+        """Give free slots to waiting clients: (slot, client)."""
+        out = []
+        end = self.unfinished + _WAITING * self._slots
+        for slot in range(self._slots):
+            waiting = list(takewhile(lambda c: c < end, self._queue))
+            if slot in self.residents or not waiting:
+                continue
+            client = max(waiting, key=lambda c: (self.left[c], -c))
+            self._queue.remove(client)
+            self.residents[slot] = _Resident(client, self._begin(client, 0))
+            out.append((slot, client))
+        return out
+
+    def _order(self, slot: int) -> tuple[bool, bool, int, int]:
+        """Whose step comes first: the one begun, so that it is split once; then one that would
+        otherwise be the last to end; then the first of the lane, so that its slot is free soon.
+        When nobody waits for a slot, those with most steps to go, so that all end together."""
+        resident = self.residents[slot]
+        left, begun = self.left[resident.client], resident.unit > 0
+        if not self._queue:
+            return not begun, False, -left, resident.client
+        # Passes to go, by the mean step, of this client alone and of the whole lane, x budget.
+        alone = left * max(self.budget * self._begun, self._rows)
+        whole = (sum(self.left) * self._rows) - self.budget * self._begun
+        return not begun, alone < whole, 0, resident.client
+
+    def fill(self) -> list[Part]:
+        """Whole steps while they fit; then a part of one, where it is worth a split."""
+        room, ends, rest = self.budget, {}, []
+        for slot in sorted(self.residents, key=self._order):
+            resident = self.residents[slot]
+            if resident.rows() <= room:
+                ends[slot] = len(resident.load.units)
+            elif not ends:
+                ends[slot] = max(self._fitting(resident, room), resident.unit + 1)
+            else:
+                rest.append(slot)
+                continue
+            room -= resident.rows(ends[slot])
+        for slot in rest:
+            resident = self.residents[slot]
+            end = self._fitting(resident, room)
+            fresh = resident.rows(end) - resident.load.again
+            # A gap of 1/32 of the budget is not worth another part, nor is a part of which the
+            # prefix, computed twice for it, is more than a fifth.
+            if 32 * fresh >= self.budget and fresh >= 4 * resident.load.again:
+                ends[slot] = end
+                room -= resident.rows(end)
+        return [self._part(slot, ends[slot]) for slot in sorted(ends)]
+
+    def _fitting(self, resident: _Resident, room: int) -> int:
+        """The end of the units that fit; none may."""
+        ends = np.cumsum(resident.load.units[resident.unit :]) + resident.load.again
+        return resident.unit + int(np.searchsorted(ends, room, side="right"))
+
+    def _part(self, slot: int, end: int) -> Part:
+        r = self.residents[slot]
+        return Part(slot, r.client, r.step, r.unit, end, end == len(r.load.units))
+
+    def advance(self, parts: Sequence[Part]) -> None:
+        """The pass is done: go on to the next units, steps and clients."""
+        for part in parts:
+            resident = self.residents[part.slot]
+            resident.unit = part.end
+            if not part.completes:
+                continue
+            self.left[part.client] -= 1
+            if self.left[part.client]:
+                resident.step, resident.unit = resident.step + 1, 0
+                resident.load = self._begin(resident.client, resident.step)
+            else:
+                del self.residents[part.slot]
+        while self.unfinished < len(self.left) and not self.left[self.unfinished]:
+            self.unfinished += 1

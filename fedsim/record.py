@@ -45,9 +45,12 @@ class Meter:
     round: int = 0
     rounds: int = 0
     clients: int = 0  # that share the pass
-    steps: int = 0  # done, of the round
+    steps: int = 0  # of all clients, done, of the round
     steps_total: int = 0
     steps_done: int = 0  # of this process's rounds
+    passes: int = 0  # of the round
+    rows: int = 0  # real ones, of the round's passes
+    room: int = 0  # that these passes had
     evaluations: int = 0  # done
     evaluations_total: int = 0
     tokens: int = 0  # trained, of the whole run
@@ -58,18 +61,41 @@ class Meter:
     _trained: float = 0.0  # seconds of training up to the last step
     _loss: Tensor | None = None
 
-    def step(self, clients: int, tokens: int, losses: Tensor) -> None:
-        """One optimiser step of `clients` clients is queued; losses (k,) stay on the device."""
+    def begin(self, round: int, steps: int) -> None:
+        """A round of so many optimiser steps, over all its clients, begins."""
+        self.round, self.steps_total, self.seconds = round, steps, {}
+        self.steps = self.passes = self.rows = self.room = 0
+
+    def count(
+        self, *, rows: int, budget: int, clients: int = 0, steps: int = 0, tokens: int = 0,
+        losses: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """One pass of `clients` clients is queued, `steps` of whose steps it completes.
+
+        Args:
+            rows: packed, without padding. tokens: of its sequences.
+            losses: (K,) of the completed steps, NaN elsewhere; they stay on the device.
+        """
         self.clients = clients
         self.tokens += tokens
-        self.steps += 1
-        self.steps_done += 1
+        self.steps += steps
+        self.steps_done += steps
+        self.passes += 1
+        self.rows += rows
+        self.room += max(rows, budget)  # a longer sequence is a pass of its own
         self._trained = self.totals.get("train", 0.0) + time.perf_counter() - self._began
-        self._loss = losses
+        if losses is not None:
+            self._loss = losses
+
+    @property
+    def utilisation(self) -> float | None:
+        """Real rows over the budget, of the round's passes."""
+        return self.rows / self.room if self.room else None
 
     @property
     def loss(self) -> float | None:
-        """Mean loss of the last step; reading it waits for the device, so the loop never does."""
+        """Mean loss of the steps that ended last; reading it waits for the device, so the loop
+        never does."""
         if self._loss is None:
             return None
         finite = self._loss[torch.isfinite(self._loss)]
@@ -174,6 +200,7 @@ def round_line(
         "loss_last": sum(c["loss_last"] for c in ok) / len(ok),
         "down_mib": mib, "up_mib": mib, "total_mib": total,
         "over_budget": total > FLOWERTUNE_BUDGET_MIB,
+        "passes": meter.passes, "utilisation": meter.utilisation,
         "seconds": {phase: round(s, 3) for phase, s in meter.seconds.items()},
         "peak_memory_mib": round(peak_memory_mib(meter.device), 1),
     }  # fmt: skip

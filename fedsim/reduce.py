@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import fedsim_kernels.reduce  # noqa: F401  registers the operation
+from fedsim.batch import on_device
 from fedsim.core import ClientUpdates, RoundPlan
 from fedsim.errors import RunError
 
@@ -16,6 +19,8 @@ class Reduce:
 
     def mean(self, plan: RoundPlan, updates: Iterator[ClientUpdates]) -> Tensor:
         """sum_k w_k delta_k / sum_k w_k over the clients that returned.
+
+        What a client of a lower rank does not have, it leaves as it is: its delta is 0 there.
 
         Returns:
             (P,) fp32 on the device of the updates.
@@ -28,11 +33,11 @@ class Reduce:
         for block in updates:
             if total is None:
                 total = torch.zeros_like(block.start, dtype=torch.float64)
-            for i, index in enumerate(block.index):
-                if block.ok[i]:
-                    w = float(plan.weights[index])
-                    total.add_(block.row[i].double() - block.start.double(), alpha=w)
-                    weight += w
+            weights = np.where(block.ok, plan.weights[block.index], 0.0)
+            torch.ops.fedsim.weighted_rows(
+                total, block.row, block.start, on_device(weights, total.device, torch.float64)
+            )
+            weight += float(weights.sum())
         if total is None or weight == 0:
             raise RunError(
                 f"round {plan.round}: none of the {len(plan)} clients returned a finite update",

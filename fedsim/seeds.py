@@ -42,6 +42,7 @@ class Purpose(enum.IntEnum):
     INIT = 3  # the initial adapter
     SUBSET = 4  # which evaluation examples, when limited
     BOOTSTRAP = 5  # resampling for confidence intervals
+    RANK = 6  # the rank of a client's adapter
 
 
 def run_key(seed: int) -> int:
@@ -99,6 +100,14 @@ def words(
     return torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(-1)[:count]
 
 
+def first_words(key: int, purpose: Purpose, clients: np.ndarray) -> np.ndarray:
+    """The first word of each client's stream: (M,) int64 in [0, 2^32)."""
+    zero = torch.zeros(len(clients), dtype=torch.int64)
+    c3 = torch.as_tensor(clients) | int(purpose) << 28
+    out: np.ndarray = philox(key, zero, zero, zero, c3)[0].numpy()
+    return out
+
+
 def uniform(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
     """`count` numbers in (0, 1): (word + 1/2) / 2^32, float64."""
     return (words(key, purpose, count, **where).double() + 0.5) * 2.0**-32
@@ -109,6 +118,18 @@ def permutation(key: int, purpose: Purpose, count: int, **where: int) -> np.ndar
     w = words(key, purpose, 2 * count, **where).numpy().reshape(count, 2)
     order: np.ndarray = np.lexsort((w[:, 1], w[:, 0]))
     return order
+
+
+def row_counters(
+    *, client: Tensor, round: int, step: Tensor, sequence: Tensor, position: Tensor
+) -> Tensor:
+    """What `torch.ops.fedsim.dropout` knows of each packed row: (T, 4) int64.
+
+    Args:
+        client, step, sequence, position: (T,) int64; position < 0 marks padding.
+    """
+    where = [position, sequence << 16, round << 16 | step, int(Purpose.DROPOUT) << 28 | client]
+    return torch.stack(where, dim=1)
 
 
 def keep_mask(

@@ -10,7 +10,7 @@ from fedsim import evaluate, peft_io, seeds, strategies
 from fedsim.adapters import initial_row
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config
-from fedsim.core import ClientUpdates, RoundPlan, ServerState
+from fedsim.core import ClientUpdates, ServerState
 from fedsim.errors import RunError
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
@@ -41,6 +41,7 @@ def run(
     else:
         folder.write_json("environment.json", describe(config, world))
         start = initial_row(world.base.layout, key).to(world.base.device)
+        start = world.base.magnitudes(start)
         server, scores = strategy.start(start, world.base.layout), []
         scores += score(folder, world, config, server, meter)
         commit(folder, server, scores)
@@ -50,10 +51,9 @@ def run(
     due = {r for r in range(server.round + 1, rounds) if every and r % every == 0} | {rounds}
     meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
-        meter.round, meter.seconds = round, {}
+        plan = plan_round(config, world.population, round, key)
+        meter.begin(round, steps=int(plan.steps.sum()))
         with meter.timed("train"):
-            plan = plan_round(config, world.population, round, key)
-            meter.steps, meter.steps_total = 0, count_steps(plan, config.train.slots)
             rule = strategy.rule(server, plan)
             seen: list[ClientUpdates] = []
             updates = (keep(seen, u) for u in trainer.train(plan, rule, meter))
@@ -73,11 +73,6 @@ def run(
         commit(folder, server, scores)
         meter.lines.append(line)
     return folder.path
-
-
-def count_steps(plan: RoundPlan, slots: int) -> int:
-    """Optimiser steps of a round over all waves."""
-    return sum(-(-len(lane) // slots) for lane in plan.lanes) * int(plan.steps.max())
 
 
 def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:

@@ -1,23 +1,27 @@
-"""Local training of many clients in one pass, on one device."""
+"""Local training of many clients in shared passes, on one device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import seeds
 from fedsim.adapters import AdapterBank
+from fedsim.batch import PackedBatch, on_device
 from fedsim.config import Config
-from fedsim.core import ClientUpdates, LocalRule, PackedBatch, Population, RoundPlan
+from fedsim.core import ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
-from fedsim.plan import pack_step, pass_budget, step_examples, waves
-from fedsim_kernels.segments import Segments
+from fedsim.packing import Parts, pack, passes
+from fedsim.plan import Shift, pass_budget
 
 if TYPE_CHECKING:
     from fedsim.record import Meter
@@ -31,104 +35,229 @@ class Trainer:
     ) -> None:
         self.base, self.store, self.population = base, store, population
         self.config, self.key = config, key
-        slots = max(len(w) for w in waves(np.arange(config.per_round), config.train.slots))
-        self.bank = AdapterBank(base.layout, slots, base.device)
+        self.budget = pass_budget(config, base.device)
+        slots = min(config.train.slots, config.per_round)
+        self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
 
     def train(self, plan: RoundPlan, rule: LocalRule, meter: Meter) -> Iterator[ClientUpdates]:
-        """Every client of the plan, in the plan's order, wave by wave."""
+        """Every client of the plan, in the plan's order, one update each."""
+        start = rule.start.to(self.base.device)
+        starts = {int(rank): self.bank.cut(start, int(rank)) for rank in np.unique(plan.rank)}
         for lane in plan.lanes:
-            for wave in waves(lane, self.config.train.slots):
-                yield self._wave(plan, rule, wave, meter)
+            finished: dict[int, _Finished] = {}
+            following = 0
+            for done in chain(self._lane(plan, lane, starts, meter), [{}]):
+                # Those of earlier passes: the device is busy with this one meanwhile.
+                while following in finished:
+                    yield finished.pop(following).update()
+                    following += 1
+                finished |= done
 
-    def _wave(
-        self, plan: RoundPlan, rule: LocalRule, wave: np.ndarray, meter: Meter
-    ) -> ClientUpdates:
-        began = time.perf_counter()
-        bank, device, k = self.bank, self.base.device, len(wave)
-        bank.load(rule.start.to(device))
-        steps = plan.steps[wave]
-        losses = torch.full((int(steps.max()), bank.slots), float("nan"), device=device)
-        ok = torch.ones(bank.slots, dtype=torch.bool, device=device)
-        lr = torch.zeros(bank.slots, device=device)
-        lr[:k] = torch.as_tensor(plan.lr[wave], dtype=torch.float32)
-        tokens = np.zeros(k, dtype=np.int64)
-        train = self.config.train
-        for step in range(int(steps.max())):
-            work = [
-                (int(slot), self._examples(plan, int(wave[slot]), step))
-                for slot in np.flatnonzero(step < steps)
-            ]
-            for slot, examples in work:
-                tokens[slot] += self.store.lengths[examples].sum()
-            losses[step] = self.gradients(plan, wave, work, step)
-            active = torch.zeros(bank.slots, dtype=torch.bool)
-            active[[slot for slot, _ in work]] = True
-            active = active.to(device, non_blocking=True)
-            norms = bank.step(
-                lr=lr, step=torch.full_like(lr, step + 1), active=active & ok,
-                betas=(train.beta1, train.beta2), eps=train.eps,
-                weight_decay=train.weight_decay, max_norm=train.clip_norm,
+    def _lane(
+        self, plan: RoundPlan, lane: np.ndarray, starts: dict[int, Tensor], meter: Meter
+    ) -> Iterator[dict[int, _Finished]]:
+        """Queue pass after pass; yields those who leave after it, by position in the lane."""
+        visits: dict[int, _Visit] = {}
+        state = _State(self.bank.slots, self.base.device)
+        for shift, parts in passes(
+            self.config, self.store, self.population, plan, lane, self.budget, self.key
+        ):
+            for slot, at in shift.enter:
+                index = int(lane[at])
+                visits[slot] = _Visit(index, starts[int(plan.rank[index])], time.perf_counter())
+                self.bank.load(slot, visits[slot].start)
+            who = {slot: visit.index for slot, visit in visits.items()}
+            loss, rows = self.gradients(plan, who, parts)
+            completed = self._optimise(plan, who, shift, state, loss)
+            tokens = 0
+            for part, step in parts:
+                visits[part.slot].tokens += step.tokens(part)
+                tokens += step.tokens(part)
+            meter.count(
+                clients=len(parts), steps=sum(p.completes for p in shift.parts), tokens=tokens,
+                rows=rows, budget=self.budget, losses=completed,
             )  # fmt: skip
-            ok &= ~active | (torch.isfinite(losses[step]) & torch.isfinite(norms))
-            meter.step(k, sum(int(self.store.lengths[e].sum()) for _, e in work), losses[step, :k])
-        table = losses[:, :k].double().cpu().numpy()
-        return ClientUpdates(
-            index=wave,
-            row=bank.rows[:k].clone(),
-            start=rule.start.to(device),
-            tokens=tokens,
-            loss_first=table[0],
-            loss_last=table[steps - 1, np.arange(k)],
-            ok=ok[:k].cpu().numpy(),
-            seconds=time.perf_counter() - began,
+            left = {}
+            if shift.leave:
+                figures = state.read()
+                for slot, at in shift.leave:
+                    row = self.bank.rows[slot].clone()
+                    left[at] = _Finished(visits.pop(slot), slot, row, figures)
+            yield left
+
+    def gradients(self, plan: RoundPlan, who: dict[int, int], parts: Parts) -> tuple[Tensor, int]:
+        """Add one pass to the bank's gradients; those of a step that begins are zeroed first.
+
+        Args:
+            who: slot -> position in the plan.
+            parts: by ascending slot.
+
+        Returns:
+            Each slot's share of its loss in this pass (K,) fp64, and the real rows.
+        """
+        tile = self.config.train.rows_per_product
+        for part, _ in parts:
+            if not part.first:
+                self.bank.grads[part.slot].zero_()
+        batch = pack(
+            self.store, parts, tile, ranks=self._ranks(plan, who), device=self.base.device
+        )  # fmt: skip
+        scale = np.zeros(self.bank.slots)
+        for slot, index in who.items():
+            scale[slot] = plan.scale[index]
+        work = Pass(
+            segments=batch.segments,
+            factors=self.bank.factors,
+            grads=self.bank.grad_factors,
+            scale=on_device(scale, self.base.device, torch.float32),
+            anchor=self.base.anchor,
+            tile=tile,
+            dropout=self._dropout(plan, who, parts, batch),
+            label_rows=batch.label_rows,
+            label_segments=batch.label_segments,
+            label_repeats=batch.label_repeats,
         )
+        hidden = self.base.hidden(batch.input_ids, batch.position_ids, work)
+        loss = self.base.loss(hidden, batch, self.bank.slots, tile)
+        loss.sum().backward()
+        return loss.detach(), batch.rows
 
-    def _examples(self, plan: RoundPlan, index: int, step: int) -> np.ndarray:
-        client = int(plan.client_ids[index])
-        owned = self.population.of(client)
-        return step_examples(self.config, owned, self.key, client, plan.round, step)
+    def _ranks(self, plan: RoundPlan, who: dict[int, int]) -> tuple[int, ...]:
+        """Of each slot; () where every client of the plan has the layout's."""
+        if (plan.rank == self.base.layout.rank).all():
+            return ()
+        return tuple(int(plan.rank[who[s]]) if s in who else 0 for s in range(self.bank.slots))
 
-    def gradients(
-        self, plan: RoundPlan, wave: np.ndarray, work: list[tuple[int, np.ndarray]], step: int
-    ) -> Tensor:
-        """Fill the bank's gradients with one local step's; returns each slot's loss (K,)."""
-        self.bank.grads.zero_()
-        total = torch.zeros(self.bank.slots, device=self.base.device)
+    def _dropout(
+        self, plan: RoundPlan, who: dict[int, int], parts: Parts, batch: PackedBatch
+    ) -> Dropout | None:
         p = self.config.adapter.dropout
-        batches = pack_step(
-            self.store, work, budget=pass_budget(self.config, self.base.device),
-            shared_prefix=self.config.train.shared_prefix and p == 0, device=self.base.device,
+        if not p:
+            return None
+        clients, steps = (np.zeros(self.bank.slots, dtype=np.int64) for _ in range(2))
+        for part, _ in parts:
+            clients[part.slot] = plan.client_ids[who[part.slot]]
+            steps[part.slot] = part.step
+
+        def rows(values: np.ndarray, padding: int = 0) -> Tensor:
+            return on_device(batch.per_row(values, padding), self.base.device)
+
+        padding = rows(np.zeros_like(batch.slot), padding=-1) < 0
+        counters = seeds.row_counters(
+            client=rows(clients[batch.slot]), round=plan.round, step=rows(steps[batch.slot]),
+            sequence=rows(batch.sequence), position=batch.position_ids.masked_fill(padding, -1),
         )  # fmt: skip
-        scale = [0.0] * self.bank.slots
-        scale[: len(wave)] = [float(s) for s in plan.scale[wave]]
-        for batch in batches:
-            shared = Pass(
-                segments=Segments.build(batch.lengths, batch.slot, batch.parent),
-                factors=self.bank.factors,
-                grads=self.bank.grad_factors,
-                scale=tuple(scale),
-                anchor=self.base.anchor,
-                dropout=self._dropout(plan, wave, batch, step) if p else None,
-            )
-            hidden = self.base.hidden(batch.input_ids, batch.position_ids, shared)
-            loss = self.base.loss(
-                hidden.index_select(0, batch.label_rows), batch.targets, batch.label_slot,
-                batch.label_weight, self.bank.slots,
-            )  # fmt: skip
-            loss.sum().backward()
-            total += loss.detach()
-        return total
+        return Dropout(p, self.key, counters)
 
-    def _dropout(self, plan: RoundPlan, wave: np.ndarray, batch: PackedBatch, step: int) -> Dropout:
-        device = self.base.device
-        rows = torch.as_tensor(batch.lengths)
+    def _optimise(
+        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: _State, loss: Tensor
+    ) -> Tensor | None:
+        """One AdamW step of every client whose step is complete; nothing waits for the device.
 
-        def per_row(values: np.ndarray) -> Tensor:
-            return torch.as_tensor(values).repeat_interleave(rows).to(device)
-
-        return Dropout(
-            p=self.config.adapter.dropout, key=self.key, round=plan.round,
-            client=per_row(plan.client_ids[wave][batch.slot]),
-            step=torch.full_like(batch.input_ids, step), sequence=per_row(batch.sequence),
-            position=batch.position_ids,
+        Returns:
+            (K,) losses of the completed steps, NaN elsewhere, or None where there are none.
+        """
+        table = np.zeros((6, self.bank.slots), dtype=np.float32)
+        enters, begins, first, active, lr, number = table
+        number[:] = 1
+        for slot, _ in shift.enter:
+            enters[slot] = 1
+        for part in shift.parts:
+            begins[part.slot] = part.first == 0
+            active[part.slot] = part.completes
+            first[part.slot] = part.completes and part.step == 0
+            lr[part.slot] = plan.lr[who[part.slot]]
+            number[part.slot] = part.step + 1
+        told = on_device(table, self.base.device, torch.float32)
+        flags = told[:4] != 0
+        completes = flags[3]
+        state.add(loss, enters=flags[0], begins=flags[1], first=flags[2], completes=completes)
+        if not active.any():
+            return None
+        train = self.config.train
+        norms = self.bank.step(
+            lr=told[4], step=told[5], active=completes & state.ok,
+            betas=(train.beta1, train.beta2), eps=train.eps,
+            weight_decay=train.weight_decay, max_norm=train.clip_norm,
         )  # fmt: skip
+        state.ok &= ~completes | torch.isfinite(norms)
+        return torch.where(completes, state.loss, float("nan"))
+
+
+class _State:
+    """What has come out of each slot's client, on the device, (K,) each.
+
+    Attributes:
+        loss: of the present step, as far as it was passed. first: of the first step.
+        ok: False from the first loss or gradient on that was not finite. A sick client keeps its
+            slot until its steps are over: finding out earlier would stop the device.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.loss = torch.zeros(slots, dtype=torch.float64, device=device)
+        self.first = torch.zeros_like(self.loss)
+        self.ok = torch.ones(slots, dtype=torch.bool, device=device)
+
+    def add(
+        self, loss: Tensor, *, enters: Tensor, begins: Tensor, first: Tensor, completes: Tensor
+    ) -> None:
+        """Take in one pass; the flags are (K,) bool."""
+        self.loss = torch.where(begins, loss, self.loss + loss)
+        self.first = torch.where(first, self.loss, self.first)
+        self.ok = (self.ok | enters) & (~completes | torch.isfinite(self.loss))
+
+    def read(self) -> _Reading:
+        """(3, K) first loss, last loss, ok."""
+        return _Reading(torch.stack([self.first, self.loss, self.ok.double()]))
+
+
+class _Reading:
+    """A copy of device numbers, on its way to the host until it is asked for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._host = values
+
+    def numpy(self) -> np.ndarray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+
+@dataclass
+class _Visit:
+    """A client in its slot."""
+
+    index: int  # in the plan
+    start: Tensor  # (P,)
+    began: float
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A client that left its slot."""
+
+    visit: _Visit
+    slot: int
+    row: Tensor  # (P,)
+    figures: _Reading
+
+    def update(self) -> ClientUpdates:
+        """Its update; waits until the device has come to its end."""
+        first, last, ok = self.figures.numpy()[:, self.slot]
+        return ClientUpdates(
+            index=np.array([self.visit.index]),
+            row=self.row[None],
+            start=self.visit.start,
+            tokens=np.array([self.visit.tokens]),
+            loss_first=np.array([first]),
+            loss_last=np.array([last]),
+            ok=np.array([ok != 0]),
+            seconds=time.perf_counter() - self.visit.began,
+        )

@@ -25,12 +25,14 @@ from fedsim.errors import ConfigError, DataError, FedSimError, nearest
 PINNED = """
 run.name run.seed run.protocol run.device run.out
 model.name model.revision model.dtype model.quantisation model.double_quantisation
-adapter.rank adapter.alpha adapter.dropout adapter.targets
+adapter.rank adapter.ranks adapter.alpha adapter.rslora adapter.lora_plus adapter.dora
+adapter.dropout adapter.targets
 data.domain data.source data.dir data.train data.max_length data.limit
 clients.number clients.partition
 server.strategy server.rounds server.fraction server.min_clients server.export_every
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
-train.beta2 train.eps train.slots train.budget_tokens train.shared_prefix train.recompute
+train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
+train.shared_prefix train.recompute
 evaluate.every evaluate.tasks evaluate.limit
 """
 
@@ -40,7 +42,9 @@ REFUSED: dict[str, list[Any]] = {
     "run.protocol": ["flower", 1], "run.device": ["gpu", "cuda:", "cuda:x", ""], "run.out": [1],
     "model.name": [1], "model.revision": [1], "model.dtype": ["float16", "fp32"],
     "model.quantisation": ["int8", 4], "model.double_quantisation": ["yes", 1],
-    "adapter.rank": [0, 1025, 8.0, "8"], "adapter.alpha": [0.0, -1.0, "16"],
+    "adapter.rank": [0, 1025, 8.0, "8"], "adapter.ranks": [8, "8"],
+    "adapter.alpha": [0.0, -1.0, "16"], "adapter.rslora": [1], "adapter.lora_plus": [0.5, "16"],
+    "adapter.dora": ["yes"],
     "adapter.dropout": [-0.1, 1.0], "adapter.targets": ["q_proj", [1]],
     "data.domain": [1], "data.source": ["disk"], "data.dir": [1], "data.train": [1],
     "data.max_length": [7, 512.0], "data.limit": [0, -1],
@@ -50,8 +54,9 @@ REFUSED: dict[str, list[Any]] = {
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
-    "train.slots": [0], "train.budget_tokens": [-1], "train.shared_prefix": ["no"],
-    "train.recompute": [1],
+    "train.slots": [0], "train.budget_tokens": [-1], "train.mode": ["exact", 1],
+    "train.chunk_tokens": [0, 512.0], "train.tile": [48, 0, "64"], "train.shared_prefix": ["no"],
+    "train.recompute": [1, "sometimes"],
     "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [0],
 }  # fmt: skip
 NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
@@ -115,6 +120,12 @@ def test_a_section_is_a_table() -> None:
     [
         ({"train": {"lr_min": 1e-3, "lr_max": 1e-4}}, ("train.lr_min", "train.lr_max")),
         ({"train": {"budget_tokens": 256}}, ("train.budget_tokens", "data.max_length")),
+        (
+            {"train": {"mode": "strict", "chunk_tokens": 600, "budget_tokens": 600}},
+            ("train.budget_tokens", "expected >= 640"),
+        ),
+        ({"train": {"beta1": 0.9, "beta2": 0.81}}, ("train.beta1", "train.beta2")),
+        ({"adapter": {"rank": 32, "ranks": [8, 16]}}, ("adapter.rank", "adapter.ranks")),
     ],
 )
 def test_values_that_do_not_fit_each_other(values: dict[str, Any], keys: tuple[str, str]) -> None:
@@ -122,6 +133,18 @@ def test_values_that_do_not_fit_each_other(values: dict[str, Any], keys: tuple[s
         build(values, "here.toml")
     assert str(caught.value).startswith(f"here.toml: {keys[0]}: got ")
     assert "expected" in str(caught.value) and keys[1] in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [[0], [8, 2000], [8.0], ["8"]])
+def test_every_rank_is_checked(ranks: list[Any]) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.ranks\.[01]: got"):
+        build({"adapter": {"ranks": ranks}}, "here.toml")
+
+
+def test_recompute_was_once_a_switch() -> None:
+    """Older files say true or false."""
+    for old, new in ((True, "always"), (False, "never")):
+        assert build({"train": {"recompute": old}}, "here").train.recompute == new
 
 
 def test_equal_limits_fit() -> None:

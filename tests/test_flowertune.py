@@ -230,7 +230,7 @@ def test_values_of_the_app_reach_the_configuration(tmp_path: Path) -> None:
         "train.training-arguments.warmup_steps": 2, "model.attn": "flash_attention_2",
     }  # fmt: skip
     found = config(app(tmp_path, keys, dataset=DATASET.replace("finance", "medical")))
-    assert (found.model.quantisation, found.train.recompute, found.run.seed) == ("none", False, 7)
+    assert (found.model.quantisation, found.train.recompute, found.run.seed) == ("none", "never", 7)
     assert (found.train.clip_norm, found.train.eps) == (0.5, 1e-6)
     assert (found.train.beta1, found.train.beta2) == (0.8, 0.99)
     assert found.data.domain == "medical"

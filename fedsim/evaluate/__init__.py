@@ -69,7 +69,7 @@ def evaluate(
     scores: list[Score] = []
     records: dict[str, list[dict[str, Any]]] = {}
     for task, questions in tests.questions.items():
-        answers = answer(base, row, config.adapter.alpha / config.adapter.rank, questions,
+        answers = answer(base, row, config.adapter.scale(), questions,
                          pass_budget(config, base.device))  # fmt: skip
         lines = []
         for i, (example, got) in enumerate(zip(tests.examples[task], answers, strict=True)):

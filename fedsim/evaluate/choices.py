@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.core import PackedBatch
+from fedsim.batch import PackedBatch, Packer
 from fedsim.data.tokens import encode
 from fedsim.lora import Pass
 from fedsim.model import Base
-from fedsim.plan import Packer, common_prefix
+from fedsim.packing import common_prefix
 from fedsim_kernels.segments import Segments
 
 _ROWS = 256  # rows of logits at once
@@ -72,23 +72,24 @@ def _pack(group: Sequence[Question], device: torch.device) -> tuple[PackedBatch,
         The batch, and the number of label tokens of each choice of each question.
     """
     packer = Packer()
+    packer.chunk(0)
     stems = [q.choices[0][: q.stem] for q in group]
     limit = min(min(*(s - 1 for s in q.start), q.stem - 1) for q in group)
     root = common_prefix(stems, limit) if len(group) > 1 else 0
     parent = -1
     if root:
-        packer.sequence(stems[0][:root], 0, 0)
+        packer.sequence(stems[0][:root], 0)
         parent = packer.last
     counts = []
     for q, stem in zip(group, stems, strict=True):
-        first = packer.sequence(stem[root:], 0, 0, root, parent)
+        first = packer.sequence(stem[root:], 0, root, parent)
         stem_sequence = packer.last
         for ids, start in zip(q.choices, q.start, strict=True):
             shared = min(len(ids), q.stem + 1)  # labels up to here are predicted by stem rows
-            packer.labels(first + start - 1 - root, ids[start:shared], 0, 0.0)
+            packer.labels(first + start - 1 - root, ids[start:shared], 0.0)
             if len(ids) > q.stem + 1:
-                row = packer.sequence(ids[q.stem : -1], 0, 0, q.stem, stem_sequence)
-                packer.labels(row + max(0, start - 1 - q.stem), ids[max(start, shared) :], 0, 0.0)
+                row = packer.sequence(ids[q.stem : -1], 0, q.stem, stem_sequence)
+                packer.labels(row + max(0, start - 1 - q.stem), ids[max(start, shared) :], 0.0)
             counts.append(len(ids) - start)
     return packer.finish(device), counts
 
@@ -103,18 +104,21 @@ def answer(
         row: (P,) fp32.
         budget: packed tokens of one pass.
     """
-    factors = base.layout.factors(row.to(base.device)[None])
+    factors = base.layout.site_views(row.to(base.device)[None])
+    scales = torch.tensor([scale], device=base.device)
     out: list[Answer] = []
     for group in _passes(questions, budget):
         batch, counts = _pack(group, base.device)
-        segments = Segments.build(batch.lengths, batch.slot, batch.parent)
-        work = Pass(segments, factors, None, (scale,), base.anchor)
-        hidden = base.hidden(batch.input_ids, batch.position_ids, work)
         rows, where = torch.unique(batch.label_rows, return_inverse=True)
+        work = Pass(
+            batch.segments, factors, None, scales, base.anchor, label_rows=rows,
+            label_segments=Segments.build([len(rows)], [0]),
+        )  # fmt: skip
+        hidden = base.hidden(batch.input_ids, batch.position_ids, work)
         logprob = torch.empty(len(where), dtype=torch.float32, device=base.device)
         top = torch.empty_like(rows)
         for first in range(0, len(rows), _ROWS):
-            z = base.logits(hidden.index_select(0, rows[first : first + _ROWS]))
+            z = base.logits(hidden[first : first + _ROWS])
             top[first : first + _ROWS] = z.argmax(-1)
             mine = (where >= first) & (where < first + _ROWS)
             target = batch.targets[mine]

@@ -1,0 +1,56 @@
+"""What the activations of a pass take, and whether they are worth keeping."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.config import Config
+from fedsim.plan import pass_budget
+
+
+def activation_bytes(hf: Any, rows: int, itemsize: int, *, recompute: bool = False) -> int:
+    """Bytes that a pass keeps from its forward for its backward.
+
+    Per row and layer, with d hidden, q = heads x head_dim, k = key heads x head_dim, f
+    intermediate features (performance.md 3.5, with q apart from d):
+
+        2 d  the inputs of both norms       2 d  their outputs, which the linears read
+        2 q + 2 k  queries, keys, values and the attention's output
+        3 f  gate, up and their product
+
+    Recomputed, one layer has all of these, and every layer its input (d). Low-rank products
+    (rank numbers a module) and the logits of 256 rows at once are left out.
+    """
+    text = hf.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * width
+    d, layers = text.hidden_size, text.num_hidden_layers
+    layer = 4 * d + 2 * heads * width + 2 * keys + 3 * text.intermediate_size
+    numbers = layer + layers * d if recompute else layers * layer
+    return int(rows * numbers * itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that the device can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if table.is_file():  # Linux; free pages alone would leave out what the page cache gives back
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def recomputes(config: Config, hf: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the backward computes activations anew: as configured, or, with `auto`, when those
+    of a full pass would take more than half of the memory that is free."""
+    if config.train.recompute != "auto":
+        return config.train.recompute == "always"
+    kept = activation_bytes(hf, pass_budget(config, device), dtype.itemsize)
+    return kept > free_bytes(device) // 2
