@@ -8,6 +8,10 @@ soft-caps, fused projections.
 from __future__ import annotations
 
 import os
+
+# Triton reads this when it is first imported, which torch does: its kernels run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
