@@ -78,7 +78,8 @@ def _check(
     lr_scale: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     for name, x in zip(("row", "grad", "m", "v"), (row, grad, m, v), strict=True):
-        if x.dtype != torch.float32 or x.shape != row.shape or x.ndim != 2 or x.stride(1) != 1:
+        fits = x.dtype == torch.float32 and x.shape == row.shape and x.ndim == 2
+        if not fits or x.stride(1) != 1 or (len(x) > 1 and x.stride(0) < x.shape[1]):
             raise ValueError(
                 f"adamw: got {name} {tuple(x.shape)} {x.dtype} with strides {x.stride()}; expected "
                 f"fp32 of row's shape {tuple(row.shape)}, rows contiguous."
@@ -103,7 +104,7 @@ def _check(
         )
 
 
-def adamw_step_ref(
+def adamw_ref(
     row: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr: Tensor, step: Tensor, active: Tensor,
     lr_scale: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
     max_norm: float,
@@ -164,20 +165,10 @@ define(
     "Tensor active, Tensor? lr_scale, float beta1, float beta2, float eps, float weight_decay, "
     "float max_norm) -> Tensor",
     "adamw",
-    reference=adamw_step_ref,
+    reference=adamw_ref,
     native=_native,
     fake=lambda row, *_: row.new_empty(len(row)),
 )
-
-
-def adamw_ref(
-    row: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, lr: Tensor, step: Tensor, active: Tensor,
-    betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float,
-) -> Tensor:  # fmt: skip
-    """`adamw_step_ref` without lr_scale."""
-    return adamw_step_ref(
-        row, grad, m, v, lr, step, active, None, *betas, eps, weight_decay, max_norm
-    )
 
 
 # Inputs and definition: a row for each slot, at steps 1, 7 and 400; the last row rests

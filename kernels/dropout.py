@@ -149,11 +149,12 @@ def _word(key: int, c: list[int]) -> list[int]:
 def _formula(case: Case, inputs: Tensors) -> Tensors:
     x, counters, g = inputs
     blocks = (x.shape[1] + 3) // 4
-    scale = torch.zeros_like(x)
+    scale = torch.zeros(len(x), 4 * blocks, dtype=x.dtype)
     for t, (position, c1, c2, c3) in enumerate(counters.tolist()):
-        for j in range(x.shape[1] if position >= 0 else 0):
-            word = _word(_KEY, [position * blocks + j // 4, c1 | _MODULE, c2, c3])[j % 4]
-            scale[t, j] = word >= int(_P * 2**32)
+        for j in range(blocks if position >= 0 else 0):
+            word = _word(_KEY, [position * blocks + j, c1 | _MODULE, c2, c3])
+            scale[t, 4 * j : 4 * j + 4] = torch.tensor(word) >= int(_P * 2**32)
+    scale = scale[:, : x.shape[1]]
     return x * scale / (1 - _P), g * scale / (1 - _P)
 
 

@@ -190,18 +190,6 @@ def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...
 differentiate("linear_xent", _backward, _setup)
 
 
-def linear_xent_ref(
-    h: Tensor, weight: Tensor, targets: Tensor, slot: Tensor, label_weight: Tensor, slots: int, *,
-    divide: float = 1.0, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
-    """(K,) fp32 sum of the losses of every slot; exactly 0 for slots without labels."""
-    nll, _ = torch.ops.fedsim.linear_xent(
-        h, weight, targets, label_weight, 0, divide, softcap or 0.0
-    )
-    loss: Tensor = nll.new_zeros(slots).index_add(0, slot, nll)
-    return loss
-
-
 # Inputs and definition: every packed row is a label; every fifth counts nothing, and padding too
 
 

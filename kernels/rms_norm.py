@@ -27,19 +27,27 @@ _SUFFIX = {
 }
 
 
-def _check(x: Tensor, weight: Tensor, g: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Tensor) -> None:
     fits = x.ndim == 2 and weight.shape == x.shape[1:] and weight.dtype in (x.dtype, torch.float32)
-    if not (fits and x.is_contiguous() and weight.is_contiguous()):
+    if not (fits and x.is_floating_point() and x.is_contiguous() and weight.is_contiguous()):
         raise ValueError(
             f"rms_norm: got x {tuple(x.shape)} {x.dtype} with strides {x.stride()}, weight "
             f"{tuple(weight.shape)} {weight.dtype}; expected contiguous (T, D) and (D,), weight "
             "in x's dtype or fp32. Call .contiguous() or .to() first."
         )
-    if g is not None and not (g.shape == x.shape and g.dtype == x.dtype and g.is_contiguous()):
-        raise ValueError(
-            f"rms_norm: got g {tuple(g.shape)} {g.dtype} with strides {g.stride()}; expected "
-            f"contiguous {tuple(x.shape)} {x.dtype}. Call .contiguous() first."
-        )
+
+
+def _check_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> None:
+    _check(x, weight)
+    for name, given, shape, dtype in (
+        ("g", g, x.shape, x.dtype), ("rstd", rstd, x.shape[:1], _wide(x.dtype))
+    ):  # fmt: skip
+        if given.shape != shape or given.dtype != dtype or not given.is_contiguous():
+            raise ValueError(
+                f"rms_norm: got {name} {tuple(given.shape)} {given.dtype} with strides "
+                f"{given.stride()}; expected contiguous {tuple(shape)} {dtype}. Call "
+                ".contiguous() first."
+            )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +76,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 def rms_norm_backward_ref(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """dL/dx (T, D) in x.dtype from g = dL/dy, same shape and dtype; the others as above."""
-    _check(x, weight, g)
+    _check_backward(g, x, weight, rstd)
     wide, u = x.to(rstd.dtype), g.to(rstd.dtype) * weight
     back = (u * wide).mean(1) * rstd.square()
     return ((u - wide * back[:, None]) * rstd[:, None]).to(x.dtype)
@@ -83,7 +91,7 @@ def _native(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _native_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    _check(x, weight, g)
+    _check_backward(g, x, weight, rstd)
     gx = torch.empty_like(x)
     name = f"rms_norm_backward_{_SUFFIX[x.dtype, weight.dtype]}"
     native.call(name, g, x, weight, rstd, gx, *x.shape)

@@ -34,6 +34,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     rows, d = len(q), q.shape[-1]
     for name, x in (("q", q), ("k", k)):
         fits = x.ndim == 3 and len(x) == rows and x.shape[2] == d and d % 2 == 0
+        fits &= x.is_floating_point()
         if not fits or x.dtype != q.dtype or (x.stride(2) != 1 and x.numel()):
             raise ValueError(
                 f"rotary: got {name} {tuple(x.shape)} {x.dtype} with strides {x.stride()}; "
