@@ -68,6 +68,20 @@ void scores(float* s, const float* q, const float* kt, int rows, int first, int 
     }
 }
 
+// exp(s - max) in place; returns the sum. `limit` is a multiple of W, unseen scores are -inf.
+inline float softmax(float* s, int limit, float* max) {
+    vf top = splat(-INFINITY), total = splat(0.f);
+    for (int c = 0; c < limit; c += W) top = larger(top, load(s + c));
+    float most = highest(top);
+    for (int c = 0; c < limit; c += W) {
+        vf e = vexp(load(s + c) - most);
+        store(s + c, e);
+        total += e;
+    }
+    if (max) *max = most;
+    return sum(total);
+}
+
 template <class T>
 void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Sequence* all,
              int64_t count, const Heads h, int threads) {
@@ -95,17 +109,8 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Sequenc
                 scores(s, qs, kt, rows, first, seq.before, seen, wide_d, size, h);
                 float inverse[QUERIES];
                 for (int r = 0; r < rows; r++) {
-                    float* p = s + int64_t(r) * wide;
-                    int limit = round_up(seq.before + first + r + 1, W);
-                    vf top = splat(-INFINITY), total = splat(0.f);
-                    for (int c = 0; c < limit; c += W) top = larger(top, load(p + c));
-                    float most = highest(top);
-                    for (int c = 0; c < limit; c += W) {
-                        vf e = vexp(load(p + c) - most);
-                        store(p + c, e);
-                        total += e;
-                    }
-                    float norm = sum(total);
+                    float most, norm = softmax(s + int64_t(r) * wide,
+                                               round_up(seq.before + first + r + 1, W), &most);
                     inverse[r] = 1.f / norm;
                     lse[(row0 + r) * h.queries + head_q] = most + std::log(norm);
                 }
@@ -130,8 +135,8 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Sequenc
 
 // gk and gv rows of a family are summed in fp32 scratch, sequence by sequence, then rounded once.
 template <class T>
-void backward(const T* g, const T* q, const T* k, const T* v, const T* o, const float* lse, T* gq,
-              T* gk, T* gv, const Sequence* all, int64_t count, const Heads h, int threads) {
+void backward(const T* g, const T* q, const T* k, const T* v, T* gq, T* gk, T* gv,
+              const Sequence* all, int64_t count, const Heads h, int threads) {
     int size = int(h.size), wide_d = round_up(size, W), group = int(h.queries / h.keys);
     std::vector<int> offset(count);
     std::vector<std::vector<int>> families;
@@ -166,6 +171,7 @@ void backward(const T* g, const T* q, const T* k, const T* v, const T* o, const 
             float* vt = scratch<float, 7>(size_t(size) * wide);
             float* p = scratch<float, 3>(size_t(QUERIES) * wide);
             float* ds = scratch<float, 8>(size_t(QUERIES) * wide);
+            float* slope = scratch<float, 10>(size_t(wide));
             float* qs = scratch<float, 4>(size_t(QUERIES) * wide_d);
             float* gs = scratch<float, 9>(size_t(QUERIES) * wide_d);
             gather(keys, k + head * h.k_head, all, i, size, wide_d, h.k_row);
@@ -189,23 +195,24 @@ void backward(const T* g, const T* q, const T* k, const T* v, const T* o, const 
                                             store(ds + int64_t(m + r) * wide + c, x);
                                         });
                         for (int r = m; r < m + some; r++) {
-                            int64_t out_row = (row0 + r) * h.queries + head_q;
-                            const T* out = o + out_row * size;
-                            vf dot = splat(0.f);
-                            for (int c = 0; c < wide_d; c += W)
-                                dot += (c + W <= size ? load(out + c) : load(out + c, size - c)) *
-                                       load(gs + int64_t(r) * wide_d + c);
-                            float delta = sum(dot), norm = lse[out_row];
                             float *pr = p + int64_t(r) * wide, *dr = ds + int64_t(r) * wide;
                             int own = round_up(limit, W);
+                            if (h.softcap > 0.f)  // cap' = 1 - (s / c)^2; 0 where unseen
+                                for (int c = 0; c < own; c += W) {
+                                    vf s = load(pr + c), ratio = s / h.softcap;
+                                    store(slope + c, s > -INFINITY ? 1.f - ratio * ratio : splat(0.f));
+                                }
+                            float inverse = 1.f / softmax(pr, own, nullptr);
+                            vf dot = splat(0.f);
                             for (int c = 0; c < own; c += W) {
-                                vf s = load(pr + c), e = vexp(s - norm), slope = splat(1.f);
-                                // Unseen scores are -inf: their slope is never multiplied.
-                                if (h.softcap > 0.f)
-                                    slope = e > 0.f ? 1.f - (s / h.softcap) * (s / h.softcap) : slope;
-                                vf d = e * (load(dr + c) - delta) * slope;
+                                vf e = load(pr + c) * inverse;
                                 store(pr + c, e);
-                                store(dr + c, e > 0.f ? d : splat(0.f));
+                                dot += e * load(dr + c);
+                            }
+                            float delta = sum(dot);
+                            for (int c = 0; c < own; c += W) {
+                                vf d = load(pr + c) * (load(dr + c) - delta);
+                                store(dr + c, h.softcap > 0.f ? d * load(slope + c) : d);
                             }
                             for (int c = own; c < wide_end; c++) pr[c] = dr[c] = 0.f;
                         }
@@ -271,15 +278,14 @@ void backward(const T* g, const T* q, const T* k, const T* v, const T* o, const 
                 (const Sequence*)sequences, count, h, int(threads));                              \
     }                                                                                             \
     EXPORT(packed_attention_backward_##suffix)(                                                   \
-        void* g, void* q, void* k, void* v, void* o, void* lse, void* gq, void* gk, void* gv,     \
+        void* g, void* q, void* k, void* v, void* gq, void* gk, void* gv,                         \
         void* sequences, int64_t count, int64_t hq, int64_t hkv, int64_t d, int64_t q_row,        \
         int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,             \
         double scale, double softcap, int64_t window, int64_t threads) {                          \
         Heads h{hq, hkv, d, q_row, q_head, k_row, k_head, v_row, v_head,                          \
                 float(scale), float(softcap), window};                                            \
-        backward((const T*)g, (const T*)q, (const T*)k, (const T*)v, (const T*)o,                 \
-                 (const float*)lse, (T*)gq, (T*)gk, (T*)gv, (const Sequence*)sequences, count, h, \
-                 int(threads));                                                                   \
+        backward((const T*)g, (const T*)q, (const T*)k, (const T*)v, (T*)gq, (T*)gk, (T*)gv,      \
+                 (const Sequence*)sequences, count, h, int(threads));                                                                   \
     }
 ATTENTION(f32, float)
 ATTENTION(bf16, bf16)

@@ -6,8 +6,11 @@
 over the keys j of t's own sequence and its ancestors with 0 <= position[t] - position[j] < window.
 Softmax in fp32. Grouped-query: query head h reads key head h // (Hq / Hkv). Backward, for g = dL/do:
 
-    p = exp(s - lse)     delta[t] = g[t] . o[t]      ds = p (g v^T - delta) cap'(s)
+    p = exp(s - lse)     dp = g v^T     ds = p (dp - delta) cap'(s)     delta[t] = sum_j p dp
     dq = scale ds k      dk = scale ds^T q           dv = p^T g
+
+delta also equals g[t] . o[t], which needs no whole row of scores; where the rows are whole, the sum
+cancels better: 1.6e-5 against 6e-6 of the largest gradient on a small Qwen3 with fp32 weights.
 
 Paper: Dao, FlashAttention-2, arXiv:2307.08691 (variable-length form).
 """
@@ -94,7 +97,7 @@ def packed_attention_ref(
         keys, values = _heads(k, seen, groups), _heads(v, seen, groups)
         s, _ = _scores(_heads(q, [rows], 1), keys, before, scale, window, softcap)
         norm = torch.logsumexp(s, -1)
-        out = torch.matmul(torch.exp(s - norm[..., None]), values)
+        out = torch.matmul(torch.softmax(s, -1), values)
         o[rows], lse[rows] = out.transpose(0, 1).to(q.dtype), norm.T.float()
     return o, lse
 
@@ -112,12 +115,12 @@ def packed_attention_backward_ref(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     gq, gk, gv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for rows, seen, before in _sequences(tables):
-        query, out, grad = (_heads(x, [rows], 1) for x in (q, o, g))
+        query, grad = (_heads(x, [rows], 1) for x in (q, g))
         keys, values = _heads(k, seen, groups), _heads(v, seen, groups)
         s, slope = _scores(query, keys, before, scale, window, softcap)
-        p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True))
-        delta = (grad * out).sum(-1, keepdim=True)
-        ds = p * (torch.matmul(grad, values.transpose(1, 2)) - delta) * slope * scale
+        p = torch.softmax(s, -1)  # exp(s - lse) would carry the rounding of lse, |lse| eps
+        dp = torch.matmul(grad, values.transpose(1, 2))
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * slope * scale
         gq[rows] = torch.matmul(ds, keys).transpose(0, 1)
         for total, part in ((gk, ds.mT @ query), (gv, p.mT @ grad)):
             by_key = part.view(-1, groups, *part.shape[1:]).sum(1).transpose(0, 1)
@@ -156,7 +159,7 @@ def _native_backward(
     gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
     kind = "bf16" if q.dtype == torch.bfloat16 else "f32"
     native.call(
-        f"packed_attention_backward_{kind}", g, q, k, v, o, lse, gq, gk, gv, tables[1],
+        f"packed_attention_backward_{kind}", g, q, k, v, gq, gk, gv, tables[1],
         len(tables[1]), *_describe(q, k, v, scale, window, softcap),
     )  # fmt: skip
     return gq, gk, gv
