@@ -31,7 +31,8 @@ from fedsim.config import Config
 from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
 from fedsim.errors import ModelError, RunError
-from fedsim.plan import pack_step, step_examples
+from fedsim.packing import cut, pack
+from fedsim.plan import schedule, step_examples
 from fedsim.record import Meter
 from fedsim.reduce import Reduce
 from fedsim.train import Trainer
@@ -103,12 +104,19 @@ class Lab:
     ) -> tuple[Tensor, Tensor]:
         """Losses (k,) and gradients (k, P) of one local step."""
         trainer, plan = self.trainer(**train), plan_of(clients)
-        trainer.bank.load(self.start)
-        if rows is not None:
-            trainer.bank.rows[: len(rows)] = rows
-        work = [(slot, self.batch(c, step)) for slot, c in enumerate(clients)]
-        loss = trainer.gradients(plan, np.arange(len(clients)), work, step)
-        return loss[: len(clients)], trainer.bank.grads[: len(clients)].clone()
+        config = trainer.config
+        share = config.train.shared_prefix and not config.adapter.dropout
+        steps = [cut(self.store, self.batch(c, step), config.train, share=share) for c in clients]
+        slots = trainer.bank.slots
+        for slot in range(slots):
+            trainer.bank.load(slot, self.start if rows is None else rows[min(slot, len(rows) - 1)])
+        total = torch.zeros(slots, dtype=torch.float64)
+        for shift in schedule([1] * len(clients), lambda at, _: steps[at].load, slots,
+                              trainer.budget):  # fmt: skip
+            parts = [(replace(part, step=step), steps[part.client]) for part in shift.parts]
+            loss, _ = trainer.gradients(plan, {s: s for s in range(len(clients))}, parts)
+            total += loss
+        return total[: len(clients)], trainer.bank.grads[: len(clients)].clone()
 
     def batch(self, client: int, step: int) -> np.ndarray:
         """The examples of a client's local step."""
@@ -171,7 +179,7 @@ class Stock:
         from peft import LoraConfig, get_peft_model
 
         self.lab, self.client, self.layout = lab, client, lab.base.layout
-        names = [p.module for p in self.layout.pieces[::2]]
+        names = list(self.layout.modules)
         frozen = AutoModelForCausalLM.from_pretrained(
             lab.config.model.name, dtype=dtype, attn_implementation="eager"
         )
@@ -181,6 +189,8 @@ class Stock:
             task_type="CAUSAL_LM",
         ))  # fmt: skip
         self.model.train()
+        if dtype == torch.float64:
+            self.model.double()  # peft keeps adapters in fp32
         self.modules = {n: frozen.get_submodule(n) for n in names}
         self.weights = {
             n: (m.lora_A["default"].weight, m.lora_B["default"].weight)
@@ -201,7 +211,7 @@ class Stock:
                 weight.data.copy_(value[0])
 
     def read(self, gradient: bool = False) -> Tensor:
-        row = torch.zeros(1, self.layout.size)
+        row = torch.zeros(1, self.layout.size, dtype=next(iter(self.parameters)).dtype)
         for name, factors in self.layout.factors(row).items():
             for weight, value in zip(self.weights[name], factors, strict=True):
                 value.copy_(weight.grad if gradient else weight.detach())
@@ -235,7 +245,11 @@ class Stock:
 def test_equal_to_stock_peft(
     lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch, architecture: str, targets: str
 ) -> None:
-    """Every step's gradients at the same weights, then ten steps of each on its own."""
+    """Every step's gradients at the same weights, then ten steps of each on its own.
+
+    Where a step is so ill-conditioned that fp32 misses the bound, twice stock PEFT's own distance
+    from its float64 gradients counts instead: on Qwen3 with random weights that is 1.1e-5.
+    """
     names = ["all-linear"]
     if targets == "attention":
         names = ATTENTION.get(architecture, ["q_proj", "v_proj"])
@@ -251,7 +265,7 @@ def test_equal_to_stock_peft(
     monkeypatch.setattr(AdapterBank, "step", spy)
     trained = [one.train(clients, steps, shared_prefix=on)[0] for on in (False, True)]
     for client in clients:
-        stock = Stock(one, client)
+        stock, exact = Stock(one, client), Stock(one, client, torch.float64)
         for number, (rows, grads) in enumerate(seen):
             stock.write(rows[client])
             want = stock.backward(number % 10)
@@ -402,8 +416,8 @@ def test_attention_never_crosses_a_sequence(lab: Callable[..., Lab], architectur
     ids = torch.arange(1, 20)
     changed = torch.where((torch.arange(19) >= 6) & (torch.arange(19) < 15), ids + 50, ids)
     work = lora.Pass(
-        Segments.build(lengths, [0, 0, 1]), one.base.layout.factors(one.start.expand(2, -1)), None,
-        (2.0, 1.0), one.base.anchor,
+        Segments.build(lengths, [0, 0, 1]), one.base.layout.site_views(one.start.expand(2, -1)), None,
+        torch.tensor([2.0, 1.0]), one.base.anchor,
     )  # fmt: skip
     with torch.no_grad():
         before, after = (one.base.hidden(i, positions, work) for i in (ids, changed))
@@ -689,7 +703,7 @@ def test_attention_settings_matter(
         base = open_base(config, folder)
         segments = Segments.build([12], [0])
         row = torch.zeros(1, base.layout.size)
-        work = lora.Pass(segments, base.layout.factors(row), None, (1.0,), base.anchor)
+        work = lora.Pass(segments, base.layout.site_views(row), None, torch.ones(1), base.anchor)
         with torch.no_grad():
             logits.append(base.logits(base.hidden(ids, torch.arange(12), work)))
     assert not torch.allclose(*logits, rtol=1e-2)
