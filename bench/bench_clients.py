@@ -144,7 +144,7 @@ class Stock:
         self.layout, adapter = work.world.base.layout, work.config.adapter
         lora = LoraConfig(
             r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
-            target_modules=[p.module for p in self.layout.pieces[::2]], task_type="CAUSAL_LM",
+            target_modules=list(self.layout.modules), task_type="CAUSAL_LM",
         )  # fmt: skip
         self.model = get_peft_model(base.to(work.world.base.device), lora).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -193,8 +193,8 @@ def check_equal(work: Work, stock: Stock) -> float:
     """
     layout, row = work.world.base.layout, work.start.cpu()[None].clone()
     noise = torch.Generator().manual_seed(0)
-    for piece in layout.pieces[1::2]:
-        layout.view(row, piece).normal_(std=0.02, generator=noise)
+    for _, b in layout.factors(row).values():
+        b.normal_(std=0.02, generator=noise)
     work = replace(work, start=row[0].to(work.start.device))
     want = stock.round(work)[1]
     got = [engine_round(work.train(shared_prefix=shared))[1] for shared in (False, True)]
