@@ -175,9 +175,9 @@ def selected() -> list[dict[str, Any]]:
         found[variant.key] = variant
 
     Variant.launch = launch  # type: ignore[method-assign]
-    for name in aot.files():
-        module = importlib.import_module(f"fedsim_kernels.cuda.{name}")
-        globals()[f"drive_{name}"](module)
+    for name, drive in list(globals().items()):
+        if name.startswith("drive_"):
+            drive(importlib.import_module(f"fedsim_kernels.cuda.{name.removeprefix('drive_')}"))
     return [aot.describe(variant) for variant in found.values()]
 
 

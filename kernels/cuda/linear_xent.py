@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedsim_kernels.cuda.attention_scores import tanh
 from fedsim_kernels.cuda.variant import DTYPES, Variant, dtype_name, pointer
 
 # 512 threads with 8 logits each: a pass has 256 rows at once, 2 programs to a multiprocessor.
@@ -20,20 +21,10 @@ _LANES, _PER_LANE, _WARPS = 512, 8, 16
 
 
 @triton.jit
-def _tanh(x):
-    """Within 4 ulp: the quotient loses digits below 1/4, where five terms of the series do."""
-    e = tl.exp(-2 * tl.abs(x))
-    far = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e)
-    s = x * x
-    near = 2 / 15 + s * (-17 / 315 + s * (62 / 2835))
-    return tl.where(s < 0.0625, x + x * s * (-1 / 3 + s * near), far)
-
-
-@triton.jit
 def _score(z, divide, softcap, CAP: tl.constexpr):
     s = z / divide
     if CAP:
-        s = softcap * _tanh(s / softcap)
+        s = softcap * tanh(s / softcap)
     return s
 
 
