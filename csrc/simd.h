@@ -61,14 +61,17 @@ inline vf load(const bf16* p) {
 inline void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
 inline void store(bf16* p, vf x) {
 #ifdef __AVX512BF16__
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#else
+    // The instruction takes denormal numbers for 0, unlike torch and `round_bf16`.
+    if (!_mm512_fpclass_ps_mask((__m512)x, 0x20)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+        return;
+    }
+#endif
     vu u = (vu)x;
     vu even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     vu nan = (u >> 16) | 0x40u;
     vu r = ((u & 0x7fffffffu) > 0x7f800000u) ? nan : even;
     *reinterpret_cast<vhu*>(p) = __builtin_convertvector(r, vh);
-#endif
 }
 
 // The first n < W elements; the others are zero, or left alone in memory.
