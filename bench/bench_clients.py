@@ -26,27 +26,26 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
 from harness import Arm, Timed
+from stock import Stock, Trained
 
 from fedsim import seeds
 from fedsim.adapters import initial_row
 from fedsim.config import Config, build
 from fedsim.core import LocalRule, RoundPlan
 from fedsim.data import partition
-from fedsim.data.tokens import TokenStore
 from fedsim.errors import DataError, FedSimError, ModelError, RunError
 from fedsim.plan import plan_round, step_examples
 from fedsim.record import Meter, peak_memory_mib
@@ -59,7 +58,6 @@ SETTINGS: dict[str, Setting] = {  # clients, batch, dropout; --quick leaves the 
 }  # fmt: skip
 FULL, QUICK = (10, 3), (2, 2)  # local steps, repeats
 BASELINES = ("b0", "b0_default", "b1")
-Trained = tuple[int, np.ndarray]  # real tokens; (M, 2) each client's first and last loss
 TOLERANCE = 1e-4  # relative, of fp32 losses
 FILE = "finance/fingpt_sentiment.train.jsonl.gz"
 
@@ -135,54 +133,19 @@ def engine_round(work: Work) -> Trained:
     return sum(int(u.tokens.sum()) for u in done), losses
 
 
-class Stock:
-    """B0: a second copy of the model under stock PEFT, one client after another."""
-
-    def __init__(self, work: Work, **setting: Any) -> None:
-        base = AutoModelForCausalLM.from_pretrained(work.world.found.path, **setting)
-        self.setting = f"{base.config._attn_implementation}, {str(base.dtype)[6:]}"
-        self.layout, adapter = work.world.base.layout, work.config.adapter
-        lora = LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
-            target_modules=list(self.layout.modules), task_type="CAUSAL_LM",
-        )  # fmt: skip
-        self.model = get_peft_model(base.to(work.world.base.device), lora).train()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-
-    def round(self, work: Work) -> Trained:
-        """The work's round, as one would write it with PEFT."""
-        train, store, tokens, losses = work.config.train, work.world.store, 0, []
-        for index in np.concatenate(work.plan.lanes):
-            for piece in self.layout.pieces:
-                name = f"base_model.model.{piece.module}.lora_{piece.kind}.default.weight"
-                factor = self.layout.view(work.start[None], piece)[0]
-                self.model.get_parameter(name).data.copy_(factor)
-            optimiser = torch.optim.AdamW(
-                self.trained, lr=float(work.plan.lr[index]), betas=(train.beta1, train.beta2),
-                eps=train.eps, weight_decay=train.weight_decay,
-            )  # fmt: skip
-            seen = []
-            for examples in work.batches[index][: work.plan.steps[index]]:
-                loss = self.model(**padded(store, examples, work.start.device)).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.trained, train.clip_norm)
-                optimiser.step()
-                optimiser.zero_grad()
-                seen.append(loss.detach().double())
-                tokens += int(store.lengths[examples].sum())
-            losses.append(torch.stack(seen).cpu().numpy()[[0, -1]])
-        return tokens, np.array(losses)
+def open_stock(work: Work, **setting: Any) -> Stock:
+    """B0 on a second copy of the work's model."""
+    base = AutoModelForCausalLM.from_pretrained(work.world.found.path, **setting)
+    return Stock(base.to(work.start.device), work.world.base.layout, work.config.adapter)
 
 
-def padded(store: TokenStore, examples: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """A stock batch: right padding up to the longest, labels on the answers only."""
-    rows = [torch.as_tensor(np.asarray(store.of(e), dtype=np.int64)) for e in examples.tolist()]
-    ids = pad_sequence(rows, batch_first=True)
-    column, ends = torch.arange(ids.shape[1]), torch.as_tensor(store.lengths[examples])[:, None]
-    starts = torch.as_tensor(np.asarray(store.label_start[examples]))[:, None]
-    labels = ids.masked_fill((column < starts) | (column >= ends), -100)
-    batch = {"input_ids": ids, "attention_mask": (column < ends).long(), "labels": labels}
-    return {name: part.to(device) for name, part in batch.items()} | {"use_cache": False}
+def stock_round(stock: Stock, work: Work) -> Trained:
+    """The work's round under stock PEFT."""
+    plan = work.plan
+    visits = [
+        (float(plan.lr[i]), work.batches[i][: plan.steps[i]]) for i in np.concatenate(plan.lanes)
+    ]
+    return stock.round(work.start, visits, work.world.store, work.config.train)
 
 
 def check_equal(work: Work, stock: Stock) -> float:
@@ -196,7 +159,7 @@ def check_equal(work: Work, stock: Stock) -> float:
     for _, b in layout.factors(row).values():
         b.normal_(std=0.02, generator=noise)
     work = replace(work, start=row[0].to(work.start.device))
-    want = stock.round(work)[1]
+    want = stock_round(stock, work)[1]
     got = [engine_round(work.train(shared_prefix=shared))[1] for shared in (False, True)]
     error = max(float(np.abs(losses / want - 1).max()) for losses in got)
     if not error <= TOLERANCE:
@@ -214,8 +177,8 @@ def probe(work: Work) -> tuple[dict[str, float], dict[str, Any]]:
     spent: dict[str, float] = {}
     for attention, dtype in product(("sdpa", "eager"), (torch.bfloat16, torch.float32)):
         asked = {"attn_implementation": attention, "dtype": dtype}
-        stock = Stock(work, **asked)
-        one = {stock.setting: arm(stock.round, work.short())}
+        stock = open_stock(work, **asked)
+        one = {stock.setting: arm(partial(stock_round, stock), work.short())}
         spent[stock.setting] = harness.time_arms(one, 1, "probe")[stock.setting].median
         if spent[stock.setting] == min(spent.values()):
             fastest = asked
@@ -224,15 +187,15 @@ def probe(work: Work) -> tuple[dict[str, float], dict[str, Any]]:
 
 def measure(name: str, work: Work, fastest: dict[str, Any], quick: bool) -> dict[str, Any]:
     """Time the arms of one setting. Raises RunError if their tokens differ."""
-    stock, default = Stock(work, **fastest), Stock(work)
+    stock, default = open_stock(work, **fastest), open_stock(work)
     train, dropout = work.config.train, work.config.adapter.dropout
-    arms = {"engine": arm(engine_round, work), "b0": arm(stock.round, work)}
+    arms = {"engine": arm(engine_round, work), "b0": arm(partial(stock_round, stock), work)}
     arms["b1"] = arm(engine_round, work.train(slots=1))
     if not dropout:
         arms["engine_shared_prefix"] = arm(engine_round, work.train(shared_prefix=True))
         if default.setting != stock.setting:
             part = work.first() if quick else work
-            arms["b0_default"] = arm(default.round, part, 1 if quick else None)
+            arms["b0_default"] = arm(partial(stock_round, default), part, 1 if quick else None)
     timed = harness.time_arms(arms, (QUICK if quick else FULL)[1], name)
     if not dropout:  # where the default is the fastest, it was timed as b0
         timed.setdefault("b0_default", timed["b0"])
@@ -261,7 +224,7 @@ def run(model: str, data: Path, quick: bool) -> dict[str, Any]:
     """Check, probe, then time every setting; returns the whole record."""
     config = configure(model, data, 2, (2, 4, 0.0), "float32")
     work = Work.build(config, load_world(config, seeds.run_key(config.run.seed)))
-    error = check_equal(work, Stock(work, attn_implementation="sdpa", dtype=torch.float32))
+    error = check_equal(work, open_stock(work, attn_implementation="sdpa", dtype=torch.float32))
     del work  # and its copy of the base
     config = configure(model, data, (QUICK if quick else FULL)[0], SETTINGS["flowertune"])
     world = load_world(config, seeds.run_key(config.run.seed))

@@ -29,6 +29,7 @@ from fedsim.record import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+Figure = dict[str, Any]  # value, low, high, n and whatever explains them
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -107,20 +108,42 @@ def time_arms(arms: Mapping[str, Arm], repeats: int, label: str = "") -> dict[st
             began = time.perf_counter()
             values[name] = arms[name].run()
             seconds[name].append(time.perf_counter() - began)
-            say(f"{label} {repeat + 1}/{repeats} {name}: {seconds[name][-1]:.2f} s")
+            say(f"{label} {repeat + 1}/{repeats} {name}: {seconds[name][-1]:.3g} s")
     return {name: Timed(tuple(seconds[name]), values[name]) for name in arms}
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times faster, from paired repeats: median, lowest, highest, number of pairs.
+def seconds_of(run: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a short operation, after one to warm up."""
+    run()
+    spent = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float], factor: float = 1) -> dict[str, float]:
+    """How many times faster, times the factor, from paired repeats: see `summary`.
 
     By hand: (6, 8, 10) over (2, 4, 5) are 3, 2, 2: median 2 in 2 to 3. An arm with fewer repeats
     is paired as far as it goes.
     """
-    pairs = [s / f for s, f in zip(slow, fast)]
+    return summary([factor * s / f for s, f in zip(slow, fast)])
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest, highest, and how many there are."""
     return {
-        "median": statistics.median(pairs), "low": min(pairs), "high": max(pairs), "n": len(pairs)
+        "median": statistics.median(values), "low": min(values), "high": max(values),
+        "n": len(values),
     }  # fmt: skip
+
+
+def figure(found: Mapping[str, float], **more: Any) -> Figure:
+    """A summary as a figure of a table, its median called `value`, with what belongs to it."""
+    return {"value": found["median"], "low": found["low"], "high": found["high"],
+            "n": found["n"], **more}  # fmt: skip
 
 
 def spread(found: Mapping[str, float] | None) -> str:

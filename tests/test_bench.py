@@ -37,6 +37,7 @@ def script(name: str) -> ModuleType:
 
 
 harness = script("harness")
+script("stock")
 bench = script("bench_clients")
 
 
@@ -92,7 +93,7 @@ def test_machine_names_what_figures_depend_on() -> None:
 def test_equality_check_passes_and_notices_another_scale(settings: Callable[..., Config]) -> None:
     config = settings(clients__number=2, server__fraction=1.0)
     work = bench.Work.build(config, load_world(config, run_key(42)))
-    stock = bench.Stock(work, attn_implementation="sdpa", dtype=torch.float32)
+    stock = bench.open_stock(work, attn_implementation="sdpa", dtype=torch.float32)
     assert bench.check_equal(work, stock) <= 1e-5
     adapter = config.adapter.model_copy(update={"alpha": 1.05 * config.adapter.alpha})
     other = bench.Work.build(config.model_copy(update={"adapter": adapter}), work.world)
