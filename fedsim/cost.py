@@ -12,8 +12,9 @@ from fedsim.config import Config
 from fedsim.core import AdapterLayout, pick_device
 from fedsim.data import partition, sources, tokens
 from fedsim.display import over_budget
+from fedsim.linears import target_linears
 from fedsim.memory import activation_bytes, recomputes
-from fedsim.model import check_config, compute_dtype, target_linears
+from fedsim.model import check_config, compute_dtype
 from fedsim.packing import pack, passes
 from fedsim.plan import pass_budget, plan_round, sampled, step_examples
 from fedsim.record import MIB, Meter, total_mib, transfer_mib

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 from fedsim.batch import PackedBatch
 from fedsim.config import Config
 from fedsim.core import AdapterLayout
-from fedsim.errors import ModelError, nearest
+from fedsim.errors import ModelError
 from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
+from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
 from fedsim.memory import recomputes
 from fedsim.weights import Weights
@@ -74,30 +73,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linears that carry adapters, in the model's order.
-
-    Args:
-        targets: last parts of module names (`q_proj`), whole names, or `all-linear` for every
-            linear but the head.
-
-    Raises:
-        ModelError: a target matches nothing, or something that is not a linear.
-    """
-    every = linears(model)
-    if targets == ("all-linear",):
-        return every
-    for target in targets:
-        if not any(n == target or n.endswith(f".{target}") for n in every):
-            leaves = {n.rpartition(".")[2] for n in every}
-            raise ModelError(
-                "adapter.targets", got=target, expected="the name of a linear of this model",
-                remedy=nearest(target, leaves),
-            )  # fmt: skip
-    return {n: m for n, m in every.items()
-            if any(n == t or n.endswith(f".{t}") for t in targets)}  # fmt: skip
 
 
 def check_config(hf: Any, max_length: int) -> None:
@@ -165,9 +140,9 @@ class Base:
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         probe = torch.arange(8, device=self.device) * 7 % self.head.shape[0]
-        with torch.no_grad(), _inputs_of(linears(model)) as seen:
+        with torch.no_grad(), inputs_of(linears(model)) as seen:
             stock = model(probe[None], use_cache=False).logits[0].float()
-        self._build(target_linears(model, targets), _groups(linears(model), seen), config)
+        self._build(target_linears(model, targets), groups(linears(model), seen), config)
         model.set_attn_implementation("fedsim")
         self._check(probe, stock)
         if recomputes(config, model.config, self.device, self.dtype):
@@ -279,36 +254,6 @@ class Base:
         # not depend on what else shares the pass; masks select, because 0 x NaN is NaN.
         out: Tensor = torch.where(mine, nll.double(), 0.0).sum(1)
         return out
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear but the head, in the model's order."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-
-
-@contextmanager
-def _inputs_of(modules: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """Note the tensor that each module is called with inside the block."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.update({name: args[0]})
-
-    hooks = [m.register_forward_pre_hook(note(name)) for name, m in modules.items()]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _groups(modules: dict[str, nn.Linear], seen: dict[str, Tensor]) -> list[list[str]]:
-    """Names of linears that read the very same tensor, in the order of their first call."""
-    groups: dict[int, list[str]] = {}
-    for name, x in seen.items():
-        groups.setdefault(id(x), []).append(name)
-    return [*groups.values(), *([name] for name in modules if name not in seen)]
 
 
 def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:

@@ -1,0 +1,64 @@
+"""The linears of a model: which carry adapters, and which read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from fedsim.errors import ModelError, nearest
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear but the head, in the model's order."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linears that carry adapters, in the model's order.
+
+    Args:
+        targets: last parts of module names (`q_proj`), whole names, or `all-linear` for every
+            linear but the head.
+
+    Raises:
+        ModelError: a target matches nothing, or something that is not a linear.
+    """
+    every = linears(model)
+    if targets == ("all-linear",):
+        return every
+    for target in targets:
+        if not any(n == target or n.endswith(f".{target}") for n in every):
+            leaves = {n.rpartition(".")[2] for n in every}
+            raise ModelError(
+                "adapter.targets", got=target, expected="the name of a linear of this model",
+                remedy=nearest(target, leaves),
+            )  # fmt: skip
+    return {n: m for n, m in every.items()
+            if any(n == t or n.endswith(f".{t}") for t in targets)}  # fmt: skip
+
+
+@contextmanager
+def inputs_of(modules: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """Note the tensor that each module is called with inside the block."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.update({name: args[0]})
+
+    hooks = [m.register_forward_pre_hook(note(name)) for name, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def groups(modules: dict[str, nn.Linear], seen: dict[str, Tensor]) -> list[list[str]]:
+    """Names of linears that read the very same tensor, in the order of their first call."""
+    found: dict[int, list[str]] = {}
+    for name, x in seen.items():
+        found.setdefault(id(x), []).append(name)
+    return [*found.values(), *([name] for name in modules if name not in seen)]
