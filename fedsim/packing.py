@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,19 +15,9 @@ from fedsim.config import Config, Train
 from fedsim.core import Population, RoundPlan
 from fedsim.data.tokens import TokenStore
 from fedsim.plan import Load, Part, Shift, schedule, step_examples
+from fedsim.prefix import common, rows_of, tree
 
 _CPU = torch.device("cpu")
-_MIN_PREFIX = 8  # tokens; a shorter shared prefix costs more bookkeeping than it saves
-
-
-def common_prefix(rows: Sequence[np.ndarray], limit: int) -> int:
-    """Number of leading tokens, at most `limit`, that all rows share."""
-    first = rows[0][:limit]
-    n = len(first)
-    for row in rows[1:]:
-        differs = np.flatnonzero(first[:n] != row[:n])
-        n = int(differs[0]) if len(differs) else n
-    return n
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,8 @@ class Step:
 
     Attributes:
         examples, lengths: (n,) int64 of its sequences, in order.
-        prefix: leading tokens that its sequences have in common and a chunk computes once.
+        shared: (n, n) leading tokens that two sequences have in common and a chunk computes once;
+            zero where nothing is shared.
         units: first and end sequence of each unit: a sequence in fast mode, a chunk in strict.
         load: packed rows of each unit.
         weight: 1 / label tokens of the whole step, so that passes add up to the step's mean.
@@ -43,7 +35,7 @@ class Step:
 
     examples: np.ndarray
     lengths: np.ndarray
-    prefix: int
+    shared: np.ndarray
     units: tuple[tuple[int, int], ...]
     load: Load
     weight: float
@@ -58,36 +50,39 @@ class Step:
 
 
 def cut(store: TokenStore, examples: np.ndarray, train: Train, *, share: bool) -> Step:
-    """Cut a step's sequences into units, by configuration and lengths alone.
+    """Cut a step's sequences into units, by configuration and tokens alone.
 
-    A strict chunk takes sequences while they fit into `chunk_tokens`, its prefix included; a
-    longer sequence is a chunk of its own.
+    A strict chunk takes sequences while they fit into `chunk_tokens`, shared tokens counted once;
+    a longer sequence is a chunk of its own.
 
     Args:
-        share: compute the leading tokens that the step's sequences have in common once a chunk.
-            Exact: labels never lie in them, and rows attend to them as before.
+        share: compute leading tokens that sequences of a chunk have in common once.
     """
     lengths, starts = store.lengths[examples], store.label_start[examples]
-    prefix = 0
-    if share and len(examples) > 1:
-        prefix = common_prefix([store.of(e) for e in examples], max(0, int(starts.min()) - 1))
-        prefix = prefix if prefix >= _MIN_PREFIX else 0
-    own = (lengths - prefix).tolist()
-    edges, tile = list(range(len(own) + 1)), train.rows_per_product
+    n, tile = len(examples), train.rows_per_product
+    shared = np.zeros((n, n), dtype=np.int64)
+    if share:
+        # The row before the first label is each sequence's own: what is shared has no labels.
+        limits = np.maximum(starts - 1, 0).tolist()
+        shared = common([store.of(e) for e in examples], limits)
+
+    def together(first: int, end: int) -> int:
+        return rows_of(tree(shared, lengths, range(first, end)))
+
+    edges = list(range(n + 1))
     if tile:
-        edges, used = [0], prefix
-        for i, rows in enumerate(own):
-            if i > edges[-1] and used + rows > train.chunk_tokens:
+        edges = [0]
+        for i in range(1, n):
+            if together(edges[-1], i + 1) > train.chunk_tokens:
                 edges.append(i)
-                used = prefix
-            used += rows
-        edges.append(len(own))
+        edges.append(n)
     units = tuple(pairwise(edges))
-    load = Load(tuple(own), prefix)
     if tile:
-        load = Load(tuple(-(-(prefix + sum(own[a:b])) // tile) * tile for a, b in units))
+        load = Load(tuple(-(-together(a, b) // tile) * tile for a, b in units))
+    else:
+        load = Load(tuple(lengths.tolist()), cache(together) if share else None)
     labels = int(np.maximum(lengths - starts, 0).sum())
-    return Step(examples, lengths, prefix, units, load, 1.0 / max(1, labels))
+    return Step(examples, lengths, shared, units, load, 1.0 / max(1, labels))
 
 
 Parts = Sequence[tuple[Part, Step]]
@@ -139,13 +134,14 @@ def pack(
 
 
 def _chunk(packer: Packer, store: TokenStore, step: Step, sequences: range) -> None:
-    """The sequences of one chunk, after their prefix where it is shared."""
-    prefix, parent = (step.prefix if len(sequences) > 1 else 0), -1
-    if prefix:
-        head = store.of(step.examples[sequences[0]])[:prefix]
-        packer.sequence(head, sequences[0])
-        parent = packer.last
-    for i in sequences:
-        ids, start = store.of(step.examples[i]), int(store.label_start[step.examples[i]])
-        first = packer.sequence(ids[prefix:], i, prefix, parent)
-        packer.labels(first + start - 1 - prefix, ids[start:], step.weight)
+    """The tree of one chunk's sequences: what they share, then what is each one's own."""
+    index = []
+    for branch in tree(step.shared, step.lengths, sequences):
+        example = step.examples[branch.sequence]
+        ids = store.of(example)
+        parent = index[branch.parent] if branch.parent >= 0 else -1
+        row = packer.sequence(ids[branch.begin : branch.end], branch.sequence, branch.begin, parent)
+        index.append(packer.last)
+        if branch.leaf:
+            start = int(store.label_start[example])
+            packer.labels(row + start - 1 - branch.begin, ids[start:], step.weight)

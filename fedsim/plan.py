@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
@@ -97,13 +98,18 @@ class Load:
     """Packed rows of one local step.
 
     Attributes:
-        units: rows of each unit; a pass takes whole units.
-        again: rows on top in every pass that has a part of the step: a prefix that its sequences
-            share.
+        units: rows of each unit by itself; a pass takes whole units.
+        shared: rows of units first..end together, where they have rows in common.
     """
 
     units: tuple[int, ...]
-    again: int = 0
+    shared: Callable[[int, int], int] | None = field(default=None, compare=False)
+
+    def rows(self, first: int, end: int) -> int:
+        """Packed rows of units first..end in one pass."""
+        if self.shared is not None and end > first:
+            return self.shared(first, end)
+        return sum(self.units[first:end])
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,12 @@ class _Resident:
     unit: int = 0
 
     def rows(self, end: int | None = None) -> int:
-        return self.load.again + sum(self.load.units[self.unit : end])
+        return self.load.rows(self.unit, len(self.load.units) if end is None else end)
+
+    def repeated(self, end: int) -> int:
+        """Rows that are computed twice when the step is split here."""
+        rest = self.load.rows(end, len(self.load.units))
+        return self.rows(end) + rest - self.rows()
 
 
 def schedule(
@@ -183,7 +194,7 @@ class _Lane:
 
     def _begin(self, client: int, step: int) -> Load:
         load = self._load(client, step)
-        self._rows += load.again + sum(load.units)
+        self._rows += load.rows(0, len(load.units))
         self._begun += 1
         return load
 
@@ -230,18 +241,18 @@ class _Lane:
         for slot in rest:
             resident = self.residents[slot]
             end = self._fitting(resident, room)
-            fresh = resident.rows(end) - resident.load.again
-            # A gap of 1/32 of the budget is not worth another part, nor is a part of which the
-            # prefix, computed twice for it, is more than a fifth.
-            if 32 * fresh >= self.budget and fresh >= 4 * resident.load.again:
+            rows, twice = resident.rows(end), resident.repeated(end)
+            # A gap of 1/32 of the budget is not worth another part, nor is a part of which more
+            # than a fifth is computed again with the rest.
+            if 32 * (rows - twice) >= self.budget and rows >= 5 * twice:
                 ends[slot] = end
-                room -= resident.rows(end)
+                room -= rows
         return [self._part(slot, ends[slot]) for slot in sorted(ends)]
 
     def _fitting(self, resident: _Resident, room: int) -> int:
         """The end of the units that fit; none may."""
-        ends = np.cumsum(resident.load.units[resident.unit :]) + resident.load.again
-        return resident.unit + int(np.searchsorted(ends, room, side="right"))
+        ends = range(resident.unit, len(resident.load.units) + 1)
+        return ends[max(0, bisect_right(ends, room, key=resident.rows) - 1)]
 
     def _part(self, slot: int, end: int) -> Part:
         r = self.residents[slot]

@@ -25,7 +25,7 @@ from fedsim import domains, evaluate, model, peft_io, report, seeds, weights
 from fedsim.config import Config
 from fedsim.domains import PROMPT
 from fedsim.evaluate.choices import Answer, Question, answer, question
-from fedsim.plan import common_prefix
+from fedsim.prefix import common_prefix
 from fedsim.world import load_world
 
 SCALE = 2.0  # alpha 8 / rank 4, as `settings` has it

@@ -19,7 +19,7 @@ from fedsim.batch import PackedBatch, Packer
 from fedsim.data.tokens import encode
 from fedsim.lora import Pass
 from fedsim.model import Base
-from fedsim.packing import common_prefix
+from fedsim.prefix import common_prefix
 from fedsim_kernels.segments import Segments
 
 _ROWS = 256  # rows of logits at once
