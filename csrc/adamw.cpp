@@ -23,7 +23,14 @@ inline int64_t length(int64_t block, int64_t columns) {
 inline vi magnitude(vf x) { return (vi)x & 0x7fffffff; }
 inline vi larger(vi a, vi b) { return a > b ? a : b; }
 
-void measure(const float* row, const float* grad, int64_t n, float* square, int32_t* peak) {
+// Of this file alone, and so is the vector of it: instances that the objects of several instruction
+// sets share would be linked from any one of them.
+struct Part {
+    float square;
+    int32_t peak;
+};
+
+Part measure(const float* row, const float* grad, int64_t n) {
     vf s[4] = {};
     vi top = {};
     int64_t i = 0;
@@ -39,9 +46,9 @@ void measure(const float* row, const float* grad, int64_t n, float* square, int3
         s[0] += g * g;
         top = larger(top, magnitude(load(row + i, k)));
     }
-    *square = sum((s[0] + s[1]) + (s[2] + s[3]));
-    *peak = 0;
-    for (int j = 0; j < W; j++) *peak = top[j] > *peak ? top[j] : *peak;
+    Part out{sum((s[0] + s[1]) + (s[2] + s[3])), 0};
+    for (int j = 0; j < W; j++) out.peak = top[j] > out.peak ? top[j] : out.peak;
+    return out;
 }
 
 inline vf square_root(vf x) {
@@ -87,21 +94,20 @@ EXPORT(adamw_measure)(const float* row, const float* grad, const uint8_t* active
                       float* peak, int64_t rows, int64_t columns, int64_t row_stride,
                       int64_t grad_stride, int64_t threads) {
     int64_t each = blocks(columns), work = rows * each;
-    std::vector<float> squares(work);
-    std::vector<int32_t> peaks(work);
+    std::vector<Part> parts(work);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (work > 1)
     for (int64_t w = 0; w < work; w++) {
         int64_t k = w / each, first = w % each * BLOCK;
         if (active[k])
-            measure(row + k * row_stride + first, grad + k * grad_stride + first,
-                    length(w % each, columns), &squares[w], &peaks[w]);
+            parts[w] = measure(row + k * row_stride + first, grad + k * grad_stride + first,
+                               length(w % each, columns));
     }
     for (int64_t k = 0; k < rows; k++) {
         double total = 0;
         int32_t top = 0;
         for (int64_t w = k * each; w < (k + 1) * each; w++) {
-            total += squares[w];
-            top = peaks[w] > top ? peaks[w] : top;
+            total += parts[w].square;
+            top = parts[w].peak > top ? parts[w].peak : top;
         }
         square[k] = float(total);
         std::memcpy(peak + k, &top, 4);
