@@ -69,9 +69,7 @@ class _Magnitude(torch.autograd.Function):
         return gz, None, None, None, None
 
 
-def magnitude(
-    z: Tensor, site: Site, at: int, norms: list[Tensor], work: Pass
-) -> Tensor:
+def magnitude(z: Tensor, site: Site, at: int, norms: list[Tensor], work: Pass) -> Tensor:
     """c[s(t)] z[t] of one adapted member, (T, O); its magnitudes learn into the arena."""
     assert site.index is not None
     columns = site.outputs(at)

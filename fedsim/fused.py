@@ -1,9 +1,9 @@
 """What of a transformers model runs as one operation instead of many.
 
 RMS norms, gated MLPs, rotary embeddings and the rows behind the last attention are replaced on the
-instance, never in the library, and only where they are what they seem: norms are compared on
-random input, and `model.Base` compares the whole model with the stock one on eight tokens. What is
-not recognised keeps transformers' own code.
+instance, never in the library, and only where they are what they seem: each is compared with what
+it replaces, on random input or on the probe of `model.Base`, which also compares the whole model
+with the stock one. What is not recognised keeps transformers' own code.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ import fedsim_kernels.rotary
 import fedsim_kernels.swiglu  # noqa: F401  these register their operations
 from fedsim.lora import Site
 
+# Of the largest value; what computes something else is off by more than its rounding in bf16.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def gap(got: Tensor, want: Tensor) -> float:
+    """Largest difference, of the largest wanted value."""
+    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
 
 class FusedNorm(nn.Module):
     """y = x / sqrt(mean x^2 + eps) weight, over the last dimension."""
@@ -31,7 +43,8 @@ class FusedNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y, _ = torch.ops.fedsim.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # q of a site is a part of its columns
+        y, _ = torch.ops.fedsim.rms_norm(rows, self.weight, self.eps)
         out: Tensor = y.view(x.shape)
         return out
 
@@ -42,12 +55,11 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) + 0.5
-    x = x.to(weight)
-    want = norm(x).float()
+    x = (_random(4, len(weight)) + 0.5).to(weight)
+    want = norm(x)
     for scale in (weight.data, 1 + weight.data.float()):  # Gemma's weights are offsets from one
         found = FusedNorm(scale, eps)
-        if (found(x).float() - want).abs().max() <= 4 * torch.finfo(x.dtype).eps * want.abs().max():
+        if gap(found(x), want) <= 4 * torch.finfo(x.dtype).eps:
             return found
     return None
 
@@ -76,9 +88,16 @@ def fuse_mlps(model: nn.Module, sites: dict[str, Site]) -> int:
             continue
         site = sites.get(f"{name}.gate_proj") or sites.get(f"{name}.gate_up_proj")
         members = [] if site is None else [m.name.rpartition(".")[2] for m in site.members]
-        if members in (["gate_proj", "up_proj"], ["gate_up_proj"]) and hasattr(module, "down_proj"):
-            module.forward = MethodType(_gated(site), module)  # type: ignore[arg-type, assignment]
+        gated = members in (["gate_proj", "up_proj"], ["gate_up_proj"])
+        if site is None or not gated or not hasattr(module, "down_proj"):
+            continue
+        x = _random(1, 4, site.weight.shape[1]).to(site.weight)
+        want = module(x)
+        module.forward = MethodType(_gated(site), module)
+        if gap(module(x), want) <= TOLERANCE[x.dtype]:
             count += 1
+        else:
+            del module.forward  # the class's own
     return count
 
 
@@ -97,20 +116,34 @@ def fuse_rotary(model: nn.Module) -> int:
 
     The copy of the forward has its own globals; transformers' module stays as it is.
     """
-    count = 0
+    count, same = 0, {}
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
         stock = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
         if stock is None or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+            continue
+        if stock not in same:
+            same[stock] = _is_rotation(stock)
+        if not same[stock]:
             continue
         names = {**forward.__globals__, "apply_rotary_pos_emb": _rotary(stock)}
         copy = FunctionType(
             forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
         )
         copy.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(copy, module)  # type: ignore[assignment]
+        module.forward = MethodType(copy, module)
         count += 1
     return count
+
+
+def _is_rotation(stock: Callable[..., Any]) -> bool:
+    """Does it turn halves against each other? Some architectures turn neighbours."""
+    if list(inspect.signature(stock).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return False
+    q, k, cos, sin = _random(1, 9, 3, 8).split((3, 4, 1, 1), 1)
+    given = (q, k, cos[:, 0], sin[:, 0])
+    pairs = zip(_rotary(stock)(*given), stock(*given), strict=True)
+    return all(gap(got, want) <= TOLERANCE[torch.float32] for got, want in pairs)
 
 
 def _rotary(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,18 +172,27 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         g = grads[0]
-        out = g.new_zeros(ctx.count + 1, g.shape[1])
-        if not out.is_cuda or ctx.repeats == 1:
-            return out.index_add_(0, rows, g)[:-1], None, None
-        # index_add_ is atomic on CUDA: the n-th taking of every row has a launch of its own, and
-        # what is not its turn goes to the row that is thrown away.
-        order = torch.sort(rows, stable=True).indices
-        at = rows[order]
-        turn = torch.empty_like(rows)
-        turn[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(at, at)
-        for n in range(ctx.repeats):
-            out.index_add_(0, torch.where(turn == n, rows, ctx.count), g)
-        return out[:-1], None, None
+        # index_add_ is atomic on CUDA: it would add a row's gradients in any order.
+        repeats = ctx.repeats if g.is_cuda else 1
+        return put_rows(g, rows, ctx.count, repeats), None, None
+
+
+def put_rows(g: Tensor, rows: Tensor, count: int, repeats: int) -> Tensor:
+    """out[r] = sum of g[j] over rows[j] = r: (L, D) -> (count, D), in `repeats` launches.
+
+    The n-th taking of every row has the n-th launch, and a launch meets no row twice; what is not
+    its turn goes to a row that is thrown away. One launch takes all.
+    """
+    out = g.new_zeros(count + 1, g.shape[1])
+    if repeats == 1:
+        return out.index_add_(0, rows, g)[:-1]
+    order = torch.sort(rows, stable=True).indices
+    at = rows[order]
+    turn = torch.empty_like(rows)
+    turn[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(at, at)
+    for n in range(repeats):
+        out.index_add_(0, torch.where(turn == n, rows, count), g)
+    return out[:-1]
 
 
 def take_rows(x: Tensor, rows: Tensor, repeats: int) -> Tensor:
@@ -162,23 +204,34 @@ def take_rows(x: Tensor, rows: Tensor, repeats: int) -> Tensor:
 _PARTS = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
 
 
-def shorten_last_layer(layer: nn.Module, sites: dict[str, Site], prefix: str) -> bool:
+def shorten_last_layer(
+    layer: nn.Module, sites: dict[str, Site], prefix: str
+) -> Callable[[], None] | None:
     """Let the last decoder layer's MLP see only the rows that have labels, where the layer is
 
         x = x + attn(norm(x))     x = x + mlp(norm(x))
 
-    Anything with more parts is left as it is. Returns whether it was changed.
+    Anything with more parts is left as it is. The same parts may be put together otherwise
+    (Granite multiplies what it adds), so the caller has to compare.
+
+    Returns:
+        What undoes it, or None where nothing was done.
     """
     parts = {name for name, _ in layer.named_children()}
     drops = {n for n in parts if isinstance(layer.get_submodule(n), nn.Dropout)}
     if parts - drops != _PARTS:
-        return False
+        return None
     mlp_sites = {id(s): s for name, s in sites.items() if name.startswith(f"{prefix}.mlp.")}
     if not mlp_sites:
-        return False
+        return None
     stock, some = layer.forward, next(iter(mlp_sites.values()))
     for site in mlp_sites.values():
         site.late = True
+
+    def undo() -> None:
+        layer.forward = stock
+        for site in mlp_sites.values():
+            site.late = False
 
     def forward(self: nn.Module, hidden_states: Tensor, **rest: Any) -> Tensor:
         if some.labels is None:
@@ -190,5 +243,5 @@ def shorten_last_layer(layer: nn.Module, sites: dict[str, Site], prefix: str) ->
         out = hidden + x.mlp(x.post_attention_layernorm(hidden))
         return out
 
-    layer.forward = MethodType(forward, layer)  # type: ignore[assignment]
-    return True
+    layer.forward = MethodType(forward, layer)
+    return undo

@@ -72,7 +72,8 @@ class Pass:
     @property
     def tables(self) -> list[Tensor]:
         """The segments as operations read them."""
-        return self.segments.tables(self.scale.device)
+        out: list[Tensor] = self.segments.tables(self.scale.device)
+        return out
 
     def at_labels(self) -> Pass:
         """The same pass for the rows that have labels."""
@@ -92,7 +93,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
         ctx.weight, ctx.tile = weight, tile
-        return tiled_linear(x, weight, bias, tile)
+        out: Tensor = tiled_linear(x, weight, bias, tile)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +139,9 @@ class Site(nn.Module):
         self.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
-            biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts]
+            biases: list[Tensor] = [
+                p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts
+            ]
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         members, column = [], 0
         for name, part in linears.items():

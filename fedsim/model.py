@@ -7,59 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.config import Config
 from fedsim.core import AdapterLayout
 from fedsim.errors import ModelError
-from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
+from fedsim.fused import (
+    TOLERANCE,
+    fuse_mlps,
+    fuse_norms,
+    fuse_rotary,
+    gap,
+    shorten_last_layer,
+    take_rows,
+)
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
 from fedsim.memory import recomputes
 from fedsim.weights import Weights
 from fedsim_kernels.linear_xent import head_logits
-from fedsim_kernels.packed_attention import packed_attention
 from fedsim_kernels.segments import Segments
 
-# Arguments that transformers hands to every attention function and that change nothing here:
-# positions are already in q and k, no cache is kept, dropout is refused at load.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal",
-             "num_items_in_batch", "position_embeddings"}  # fmt: skip
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
              "dropout")  # fmt: skip
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    segments: Segments | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface -> packed attention; what it does not know raises."""
-    unknown = {k: v for k, v in rest.items() if k not in _HARMLESS and v is not None}
-    if segments is None or attention_mask is not None or unknown or dropout:
-        raise ModelError(
-            f"{type(module).__name__} called packed attention with "
-            + (f"the unknown arguments {sorted(unknown)}" if unknown else
-               f"dropout {dropout}" if dropout else
-               "no segments" if segments is None else "a mask"),
-            expected="packed segments and arguments that fedsim computes",
-            remedy="This architecture is not supported.",
-        )  # fmt: skip
-    out = packed_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)), segments.tables(query.device),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window, softcap=softcap,
-    )  # fmt: skip
-    return out[None], None
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -144,7 +114,9 @@ class Base:
             stock = model(probe[None], use_cache=False).logits[0].float()
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         model.set_attn_implementation("fedsim")
-        self._check(probe, stock)
+        with torch.no_grad():
+            self._check(probe, stock)
+            self._check_last_layer(probe)
         if recomputes(config, model.config, self.device, self.dtype):
             model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
@@ -178,12 +150,13 @@ class Base:
         self.layout = AdapterLayout.build(
             shapes, config.adapter.rank, sites=adapted, dora=config.adapter.dora
         )
-        layers = getattr(self.decoder, "layers", None)
-        last = f"{self.model.base_model_prefix}.layers.{len(layers) - 1}" if layers else ""
-        self._short = bool(layers) and shorten_last_layer(layers[-1], owner, last)
+        self._lengthen = None
+        if layers := getattr(self.decoder, "layers", None):
+            last = f"{self.model.base_model_prefix}.layers.{len(layers) - 1}"
+            self._lengthen = shorten_last_layer(layers[-1], owner, last)
         self.fused = {
             "norms": fuse_norms(self.model), "mlps": fuse_mlps(self.model, owner),
-            "rotary": fuse_rotary(self.model), "last_layer": int(self._short),
+            "rotary": fuse_rotary(self.model), "last_layer": int(self._lengthen is not None),
         }  # fmt: skip
 
     @property
@@ -204,20 +177,37 @@ class Base:
     def _check(self, probe: Tensor, stock: Tensor) -> None:
         """Eight tokens, as two packed sequences and one whole, must give the stock logits."""
         n = len(probe)
-        with torch.no_grad():
-            packed = torch.cat([probe, probe[:3]])
-            positions = torch.cat([torch.arange(n), torch.arange(3)]).to(self.device)
-            h = self._decode(packed, positions, Segments.build([n, 3], [0, 0]))
-            ours = self.logits(h)
-        want = torch.cat([stock, stock[:3]])
-        error = (ours - want).abs().max() / want.abs().max()
-        if not error <= _TOLERANCE[self.dtype]:
+        packed = torch.cat([probe, probe[:3]])
+        positions = torch.cat([torch.arange(n), torch.arange(3)]).to(self.device)
+        h = self._decode(packed, positions, Segments.build([n, 3], [0, 0]))
+        error = gap(self.logits(h), torch.cat([stock, stock[:3]]))
+        if not error <= TOLERANCE[self.dtype]:
             raise ModelError(
                 f"{type(self.model).__name__} gives other logits when packed than stock "
                 f"transformers: relative difference {error:.1e}",
-                expected=f"at most {_TOLERANCE[self.dtype]:.0e}",
+                expected=f"at most {TOLERANCE[self.dtype]:.0e}",
                 remedy="This architecture is not supported.",
             )
+
+    def _check_last_layer(self, probe: Tensor) -> None:
+        """Where the shortened last layer gives other numbers, it is made whole again."""
+        if self._lengthen is None:
+            return
+        n, row = len(probe), torch.zeros(self.layout.size, device=self.device)
+        positions, rows = torch.arange(n, device=self.device), torch.arange(1, n, 3)
+        segments = Segments.build([n], [0])
+        whole = self._decode(probe, positions, segments)
+        work = Pass(
+            segments, self.layout.site_views(self.magnitudes(row)[None]), None,
+            torch.ones(1, device=self.device), self.anchor, label_rows=rows.to(self.device),
+            label_segments=Segments.build([len(rows)], [0]),
+        )  # fmt: skip
+        short = self.hidden(probe, positions, work)
+        for site in self.sites:
+            site.enter(None)
+        if not gap(short, whole[work.label_rows]) <= TOLERANCE[self.dtype]:
+            self._lengthen()
+            self._lengthen, self.fused["last_layer"] = None, 0
 
     def _decode(self, ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         out = self.decoder(
@@ -233,7 +223,7 @@ class Base:
         for site in self.sites:
             site.enter(work)
         hidden = self._decode(ids, positions, work.segments)
-        if work.label_rows is None or self._short:
+        if work.label_rows is None or self._lengthen:
             return hidden
         return take_rows(hidden, work.label_rows, work.label_repeats)
 
@@ -264,7 +254,7 @@ def load(weights: Weights, config: Config, device: torch.device, targets: tuple[
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register("fedsim", _attention)
+    AttentionInterface.register("fedsim", attention)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             weights.path, dtype=compute_dtype(config, device), attn_implementation="eager"
