@@ -100,7 +100,8 @@ def run(
         out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     _quiet()
     from fedsim import display, report, simulate
-    from fedsim.record import Meter
+    from fedsim.core import pick_device
+    from fedsim.record import Meter, implementation
 
     c = config
     out.print(
@@ -109,6 +110,8 @@ def run(
         "clients each",
         soft_wrap=True,
     )
+    runs = implementation(pick_device(c.run.device))
+    out.print(f"[dim]{c.train.mode} mode · operations in {runs}[/dim]")
     meter = Meter()
     try:
         with display.Display(out, meter):

@@ -117,18 +117,21 @@ class AdapterLayout:
         span = matrix[:, piece.offset : piece.offset + piece.size]
         return span.view(len(matrix), *piece.shape)
 
+    def _part(self, matrix: Tensor, module: str, kind: str) -> Tensor:
+        return self.view(matrix, self.piece(module, kind))
+
     def factors(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """module -> views (A (K, R, I), B (K, O, R)) of a (K, P) matrix."""
         return {
-            name: (self.view(matrix, self.piece(name, "A")), self.view(matrix, self.piece(name, "B")))
+            name: (self._part(matrix, name, "A"), self._part(matrix, name, "B"))
             for name in self.modules
-        }  # fmt: skip
+        }
 
     def site_views(self, matrix: Tensor) -> tuple[SiteViews, ...]:
         """The factors of every site as views of a (K, P) matrix."""
         out = []
         for site in self.sites:
-            views = []
+            views: list[Tensor | None] = []
             for kind in ("A", "B", "mag"):
                 pieces = [p for m in site if (p := self._by_name.get((m, kind)))]
                 if not pieces:

@@ -24,7 +24,7 @@ def findings() -> list[tuple[str, str]]:
     for package in record.PACKAGES:
         rows.append((package, installed.get(package, "not installed")))
     for operation in record.OPERATIONS:
-        rows.append((f"operation {operation}", record.IMPLEMENTATION))
+        rows.append((f"operation {operation}", record.implementation(device)))
     for alias in weights.ALIASES:
         rows.append((f"model {alias}", weights.locate(alias)))
     return rows

@@ -135,7 +135,7 @@ def pack(
 
 def _chunk(packer: Packer, store: TokenStore, step: Step, sequences: range) -> None:
     """The tree of one chunk's sequences: what they share, then what is each one's own."""
-    index = []
+    index: list[int] = []
     for branch in tree(step.shared, step.lengths, sequences):
         example = step.examples[branch.sequence]
         ids = store.of(example)

@@ -45,15 +45,17 @@ def common(rows: Sequence[np.ndarray], limits: Sequence[int]) -> np.ndarray:
         table[i, limit:] = -2 - i  # equal to nobody's
     differs = table[:, None] != table[None]
     shared: np.ndarray = np.where(differs.any(2), differs.argmax(2), width)
-    return np.minimum(shared, np.minimum.outer(np.array(limits), np.array(limits)))
+    most = np.array(limits)
+    capped: np.ndarray = np.minimum(shared, np.minimum.outer(most, most))
+    return capped
 
 
-def tree(shared: np.ndarray, lengths: Sequence[int], members: Sequence[int]) -> list[Branch]:
+def tree(shared: np.ndarray, lengths: np.ndarray, members: Sequence[int]) -> list[Branch]:
     """The tree of some sequences, parents first.
 
     Args:
         shared: (n, n) of `common`.
-        lengths: of all n sequences.
+        lengths: (n,) of all sequences.
         members: those that are in the tree, ascending.
     """
     out: list[Branch] = []

@@ -17,13 +17,25 @@ import torch
 from torch import Tensor
 
 from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
+from fedsim_kernels import dispatch, native
 
 MIB = 1 << 20
 FLOWERTUNE_BUDGET_MIB = 200_000  # flowertune.md 1.4: both directions, all rounds
 PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
              "bitsandbytes", "deepspeed", "triton", "vllm")  # fmt: skip
-IMPLEMENTATION = "reference (PyTorch)"
-OPERATIONS = ("grouped_lora", "packed_attention", "linear_xent", "adamw", "reduce")
+OPERATIONS = ("grouped_lora", "packed_attention", "linear_xent", "adamw", "reduce", "rms_norm",
+              "rotary", "swiglu", "dropout")  # fmt: skip
+
+
+def implementation(device: torch.device) -> str:
+    """What runs the hot operations on this device, for people."""
+    which = dispatch.chosen(device)
+    if which == "native":
+        return f"C++ ({native.isa()})"
+    if which == "triton":
+        return "Triton"
+    missing = "Triton is not installed" if device.type == "cuda" else "no C++ kernels were built"
+    return f"PyTorch reference, several times slower: {missing}"
 
 
 def transfer_mib(numbers: int) -> float:

@@ -53,5 +53,8 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "train": world.origin, "examples": len(world.store),
             "unlabelled": world.store.unlabelled, "sha256": world.digests,
         },
-        "operations": dict.fromkeys(record.OPERATIONS, record.IMPLEMENTATION),
+        "operations": dict.fromkeys(
+            record.OPERATIONS, record.implementation(world.base.device)
+        ),
+        "fused": world.base.fused,
     }  # fmt: skip

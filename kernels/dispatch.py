@@ -7,6 +7,7 @@ Each operation is `torch.ops.fedsim.<name>`. Its Triton form is the function of 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -36,7 +37,7 @@ def chosen(device: torch.device) -> Implementation:
     if _forced:
         return _forced[-1]
     if device.type == "cuda":
-        return "triton"
+        return "triton" if importlib.util.find_spec("triton") else "reference"
     return "native" if native.available() else "reference"
 
 

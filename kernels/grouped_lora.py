@@ -27,7 +27,6 @@ from torch import Tensor
 
 from fedsim_kernels import native
 from fedsim_kernels.dispatch import LIBRARY, define, differentiate
-from fedsim_kernels.segments import Segments
 from fedsim_kernels.spec import Case, KernelSpec, Tensors, draw
 
 # Reference: for tensors on any device, span by span.
@@ -254,9 +253,7 @@ def _run(case: Case, inputs: Tensors) -> Tensors:
     y, arenas = y.clone(), [t.clone() for t in arenas]
     tables = case.segments.tables(y.device)
     h = torch.ops.fedsim.grouped_lora(y, x, a, b, scale, tables, *_columns(case))
-    torch.ops.fedsim.grouped_lora_backward(
-        g, x, h, a, b, scale, *arenas, tables, *_columns(case)
-    )
+    torch.ops.fedsim.grouped_lora_backward(g, x, h, a, b, scale, *arenas, tables, *_columns(case))
     return y, *arenas
 
 

@@ -4,7 +4,7 @@
     lse[t] = log sum_j exp s[t, j]        o[t] = sum_j exp(s[t, j] - lse[t]) v[j]
 
 over the keys j of t's own sequence and its ancestors with 0 <= position[t] - position[j] < window.
-Softmax in fp32. Grouped-query: query head h reads key head h // (Hq / Hkv). Backward, for g = dL/do:
+Softmax in fp32. Grouped-query: query head h reads key head h // (Hq / Hkv). Backward, g = dL/do:
 
     p = exp(s - lse)     dp = g v^T     ds = p (dp - delta) cap'(s)     delta[t] = sum_j p dp
     dq = scale ds k      dk = scale ds^T q           dv = p^T g
@@ -194,9 +194,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, o, lse = ctx.saved_tensors
-    grads = torch.ops.fedsim.packed_attention_backward(
-        g.contiguous(), q, k, v, o, lse, *ctx.rest
-    )
+    grads = torch.ops.fedsim.packed_attention_backward(g.contiguous(), q, k, v, o, lse, *ctx.rest)
     return *grads, [None] * len(ctx.rest[0]), None, None, None
 
 
@@ -214,9 +212,7 @@ def packed_attention(
     """
     _check(q, k, v, tables)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    o, _ = torch.ops.fedsim.packed_attention(
-        q, k, v, tables, scale, window or 0, softcap or 0.0
-    )
+    o, _ = torch.ops.fedsim.packed_attention(q, k, v, tables, scale, window or 0, softcap or 0.0)
     out: Tensor = o
     return out
 
@@ -236,10 +232,9 @@ def _inputs(case: Case, dtype: torch.dtype) -> Tensors:
 def _run(case: Case, inputs: Tensors) -> Tensors:
     *leaves, g = inputs
     leaves = [x.detach().requires_grad_() for x in leaves]
-    out = packed_attention(
-        *leaves, case.segments.tables(g.device), scale=0.6, window=case.window,
-        softcap=case.softcap,
-    )  # fmt: skip
+    q, k, v = leaves
+    tables = case.segments.tables(g.device)
+    out = packed_attention(q, k, v, tables, scale=0.6, window=case.window, softcap=case.softcap)
     return out.detach(), *torch.autograd.grad(out, leaves, g)
 
 

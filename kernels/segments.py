@@ -67,7 +67,7 @@ class Segments:
         begin = tuple(int(s) for s in starts) if starts is not None else (0, *ends[:-1])
         group = tuple(int(c) for c in chunks) if chunks is not None else slots
         seen: set[int] = set()
-        done: set[int] = set()
+        done: set[tuple[int, int]] = set()
         free = 0
         for i, (n, s, p) in enumerate(zip(lengths, slots, parents, strict=True)):
             if n < 1:

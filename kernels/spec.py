@@ -45,7 +45,8 @@ class Case:
 
     @property
     def rows(self) -> int:
-        return self.segments.rows
+        rows: int = self.segments.rows
+        return rows
 
     def slot_of_row(self) -> Tensor:
         """(T,) int64 slot of each packed row; -1 for padding."""
@@ -130,7 +131,7 @@ def errors(
     plain = kernel.formula(case, tuple(_cast(x, dtype) for x in inputs))
     moved = tuple(x.clone(memory_format=torch.preserve_format).to(device) for x in inputs)
     largest = max(float(x.abs().max()) for x in exact)
-    out = []
+    out: list[tuple[float, float]] = []
     for ours, theirs, true in zip(kernel.run(case, moved), plain, exact, strict=True):
         if ours.shape != true.shape:
             out.append((float("inf"), float("inf")))
@@ -142,7 +143,8 @@ def errors(
             allowed = allowed + slack
         rms = error.square().mean().sqrt() / (2 * allowed.square().mean().sqrt() + slack)
         peak = error.max() / (8 * allowed.max() + slack)
-        out.append(tuple(float(e) if e == e else float("inf") for e in (rms, peak)))
+        over = [float(e) if e == e else float("inf") for e in (rms, peak)]
+        out.append((over[0], over[1]))
     return out
 
 

@@ -29,7 +29,7 @@ def test_tree_rebuilds_every_sequence(values: list[list[int]], data: st.DataObje
             while n < min(limits[i], limits[j]) and a[n] == b[n]:
                 n += 1
             assert i == j or shared[i, j] == n
-    branches = tree(shared, [len(r) for r in rows], members)
+    branches = tree(shared, np.array([len(r) for r in rows]), members)
     leaves = []
     for at, branch in enumerate(branches):
         assert branch.parent < at and branch.begin < branch.end
@@ -59,7 +59,9 @@ def test_tree_shares_everything_when_every_node_is_worth_it(values: list[list[in
     try:
         rows = [np.array(v) for v in values]
         limits = [len(r) - 1 for r in rows]
-        got = rows_of(tree(common(rows, limits), [len(r) for r in rows], range(len(rows))))
+        got = rows_of(
+            tree(common(rows, limits), np.array([len(r) for r in rows]), range(len(rows)))
+        )
     finally:
         prefix.LEAST = least
     distinct = {tuple(v[: n + 1]) for v in values for n in range(len(v) - 1)}
@@ -68,9 +70,12 @@ def test_tree_shares_everything_when_every_node_is_worth_it(values: list[list[in
 
 def test_instructions_within_a_template() -> None:
     """A template of 20, two instructions of 10, inputs of 5: 20 + 2 x 10 + 4 x 5 rows of 140."""
-    made = [np.array([*range(20), *range(100 + 50 * i, 110 + 50 * i), *range(s * 7 + 300, s * 7 + 305)])
-            for i in range(2) for s in (2 * i, 2 * i + 1)]  # fmt: skip
-    branches = tree(common(made, [32] * 4), [35] * 4, range(4))
+    made = []
+    for own in range(300, 340, 10):
+        instruction = 100 if own < 320 else 150
+        spans = (range(20), range(instruction, instruction + 10), range(own, own + 5))
+        made.append(np.concatenate([np.arange(s.start, s.stop) for s in spans]))
+    branches = tree(common(made, [32] * 4), np.full(4, 35), range(4))
     assert rows_of(branches) == 20 + 2 * 10 + 4 * 5
     assert [(b.begin, b.end, b.parent, b.leaf) for b in branches] == [
         (0, 20, -1, False), (20, 30, 0, False), (30, 35, 1, True), (30, 35, 1, True),
