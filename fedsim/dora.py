@@ -21,25 +21,34 @@ if TYPE_CHECKING:
     from fedsim.lora import Pass, Site
 
 
+def row_norms(weight: Tensor) -> Tensor:
+    """||W|| of every row: (O, I) -> (O,) fp64. Here the magnitudes start."""
+    out: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    return out
+
+
 @torch.no_grad()
 def weight_norms(site: Site, factors: SiteViews, work: Pass) -> list[Tensor]:
-    """||W + scale B A|| per output feature, (K, O) fp32 of each adapted member.
+    """||W + scale B A|| per output feature, (K, O) fp32 of each adapted member; 1 in slots that
+    have no row in the pass.
 
-    From ||W||^2 + 2 s (W A^T) o B + s^2 (B A A^T) o B summed over the rank: no (O, I) matrix per
-    client, and summed in fp64 because the three terms may cancel.
+    From ||W||^2 + 2 s (W A^T) o B + s^2 (B A A^T) o B, summed over the rank in fp64: no (O, I)
+    matrix per client. Slot by slot: a product of all slots would let the bits depend on K.
     """
-    out = []
     rank = factors.a.shape[1] // len(site.adapted)
-    scale = work.scale.double()[:, None]
+    slots = dict.fromkeys(slot for slot, _, _ in work.segments.spans)
+    out = []
     for at, member in enumerate(site.adapted):
-        w = site.weight[member.column : member.column + member.width].double()
-        a = factors.a[:, at * rank : (at + 1) * rank].double()
-        b = factors.b[:, site.outputs(at)].double()
-        cross = torch.einsum("oi,kri->kor", w, a)
-        gram = torch.matmul(b, a @ a.mT)
-        square = w.square().sum(1) + (2 * scale[..., None] * cross * b).sum(2)
-        square = square + (scale[..., None].square() * gram * b).sum(2)
-        out.append(square.clamp(min=0).sqrt().float())
+        rows = slice(member.column, member.column + member.width)
+        w, square = site.weight[rows].float(), site.norms[rows].square()
+        norms = torch.ones(len(factors.a), member.width, device=w.device)
+        for slot in slots:
+            a, b = factors.a[slot, at * rank : (at + 1) * rank], factors.b[slot, site.outputs(at)]
+            s, cross = work.scale[slot].double(), torch.mm(w, a.T).double()
+            a, b = a.double(), b.double()
+            more = s * ((2 * cross + s * torch.mm(b, torch.mm(a, a.T))) * b).sum(1)
+            norms[slot] = (square + more).clamp(min=0).sqrt()
+        out.append(norms)
     return out
 
 

@@ -7,6 +7,7 @@ the A of all their adapters serve q, k and v, or gate and up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import fedsim_kernels.dropout
 import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
 from fedsim.core import SiteViews
-from fedsim.dora import magnitude, weight_norms
+from fedsim.dora import magnitude, row_norms, weight_norms
 from fedsim_kernels.grouped_lora import tiled_linear
 from fedsim_kernels.segments import Segments
 
@@ -202,6 +203,11 @@ class Site(nn.Module):
         out: Tensor = y
         return out
 
+    @cached_property
+    def norms(self) -> Tensor:
+        """||W|| of every row, (O_1 + ... + O_n,) fp64."""
+        return row_norms(self.weight)
+
     def outputs(self, at: int) -> slice:
         """The rows of an adapted member's B among those of the site."""
         first = sum(self.widths[:at])
@@ -228,12 +234,14 @@ class Site(nn.Module):
             if norms is None:
                 y = frozen_linear(x, weight, bias, work.tile)
                 y = y + self._adapt(lora_in, work, None, None, at)
-            else:
-                y = magnitude(self._adapt(lora_in, work, weight, None, at), self, at, norms, work)
-                if drop is not None:
-                    dropped = frozen_linear(lora_in, weight, None, work.tile)
-                    y = frozen_linear(x, weight, None, work.tile) + (y - dropped)
+            elif drop is None:
+                y = magnitude(self._adapt(x, work, weight, None, at), self, at, norms, work)
                 y = y if bias is None else y + bias
+            else:
+                z = frozen_linear(lora_in, weight, None, work.tile)
+                scaled = z + self._adapt(lora_in, work, None, None, at)
+                scaled = magnitude(scaled, self, at, norms, work)
+                y = frozen_linear(x, weight, bias, work.tile) + (scaled - z)
             parts.append(y)
             at += 1
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -169,9 +169,8 @@ class Base:
         for site in self.sites:
             for m in site.adapted:
                 if self.layout.has(m.name, "mag"):
-                    w = site.weight[m.column : m.column + m.width].float()
-                    piece = self.layout.piece(m.name, "mag")
-                    self.layout.view(row[None], piece)[0, 0] = w.norm(dim=1).to(row)
+                    norms = site.norms[m.column : m.column + m.width]
+                    self.layout.view(row[None], self.layout.piece(m.name, "mag"))[0, 0] = norms
         return row
 
     def _check(self, probe: Tensor, stock: Tensor) -> None:
