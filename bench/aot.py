@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.metadata import version
@@ -98,21 +98,19 @@ def _parts(kernel: Any, seen: set[str]) -> Iterator[str]:
             yield f"{name}={found.value}"
 
 
-def compiled(index: int, arch: int) -> Entry:
-    """One variant for one architecture."""
+def program(variant: Variant, arch: int, ones: Sequence[str] = ()) -> Any:
+    """Compile a variant; `ones` are integers that are 1, which a launch takes for constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    variant = listed()[index][1]
-    types = {name: kind.removesuffix(":16") for name, kind in variant.signature.items()}
-    kinds = list(variant.signature.values())
-    aligned = [i for i, kind in enumerate(kinds) if kind.startswith("*") or kind.endswith(":16")]
-    program = triton.compile(
+    kinds = variant.signature | dict.fromkeys(ones, "constexpr")
+    aligned = [i for i, kind in enumerate(kinds.values()) if kind[0] == "*" or kind[-3:] == ":16"]
+    return triton.compile(
         ASTSource(
             variant.kernel,
-            types,
-            constexprs=dict(variant.tile),
+            {name: kind.removesuffix(":16") for name, kind in kinds.items()},
+            constexprs=variant.tile | dict.fromkeys(ones, 1),
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         ),
         target=GPUTarget("cuda", arch, 32),
@@ -122,15 +120,21 @@ def compiled(index: int, arch: int) -> Entry:
             "enable_fp_fusion": True,
         },
     )
-    registers, spill = usage(program.asm["cubin"])
+
+
+def compiled(index: int, arch: int) -> Entry:
+    """The record's entry of one variant for one architecture."""
+    variant = listed()[index][1]
+    found = program(variant, arch)
+    registers, spill = usage(found.asm["cubin"])
     entry = describe(variant)
     first = {key: entry.pop(key) for key in ("kernel", "dtype", "tile")}
     return first | {
         "arch": f"sm_{arch}",
         "registers": registers,
         "spill_bytes": spill,
-        "shared_bytes": program.metadata.shared,
-        "mma": instructions(program.asm["ptx"]),
+        "shared_bytes": found.metadata.shared,
+        "mma": instructions(found.asm["ptx"]),
         **entry,
         "compiler": f"triton {version('triton')}",
     }

@@ -296,6 +296,28 @@ def test_compiling_again_gives_the_record(tmp_path: Path) -> None:
     assert key(mine) == wanted and mine["spill_bytes"] == 0
 
 
+ONES = """
+import aot
+kernels = {}
+for _, variant in aot.listed():
+    if variant.dtype == "bfloat16" or variant.kernel.__name__ not in kernels:
+        kernels[variant.kernel.__name__] = variant
+for name, variant in kernels.items():
+    print(name, flush=True)
+    free = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    ones = [n for n, kind in variant.signature.items() if kind.startswith("i32") and n not in free]
+    aot.program(variant, 90, ones)
+"""
+
+
+def test_sizes_of_one_compile() -> None:
+    """A launch makes constants of integers that are 1, and a constant has no `.to`; the
+    interpreter would not notice."""
+    now()
+    done = process("-c", ONES)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1]}: {done.stderr[-2000:]}"
+
+
 class Jit:
     """What `source` reads of a jit function."""
 

@@ -24,7 +24,7 @@ FLUSHED = tl.constexpr(2.0**-56)  # as in fedsim_kernels.adamw.plan, which the s
 _BLOCK = 4096  # columns of a program in the first launch: 16 a thread
 _PARTS = 1024  # partial sums that the second launch reads at once
 _UPDATE = 1024  # columns of a program in the third: 8 a thread of each of four matrices
-_PLAN = 4  # numbers per row that the second launch leaves for the third
+PLAN = tl.constexpr(4)  # numbers per row that the second launch leaves for the third
 
 
 @triton.jit
@@ -83,14 +83,14 @@ def adamw_plan_kernel(
         fits = largest < LARGEST
         finite = (norm == norm) & (norm < float("inf"))
         tl.store(norm_ptr + k, tl.where(finite & (fits == 0), float("inf"), norm))
-        plan = plan_ptr + k * 4
+        plan = plan_ptr + k * PLAN
         tl.store(plan, tl.where(finite & fits, 1.0, 0.0))
         tl.store(plan + 1, tl.minimum(tl.math.div_rn(max_norm, norm + 1e-6), 1.0))
         tl.store(plan + 2, correct1.to(tl.float32))
         tl.store(plan + 3, tl.sqrt(correct2).to(tl.float32))
     else:
         tl.store(norm_ptr + k, 0.0)
-        tl.store(plan_ptr + k * 4, 0.0)
+        tl.store(plan_ptr + k * PLAN, 0.0)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def adamw_update_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(1).to(tl.int64)
-    plan = plan_ptr + k * 4
+    plan = plan_ptr + k * PLAN
     if tl.load(plan) != 0:
         cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         there = cols < P
@@ -183,7 +183,7 @@ def adamw(
     rows, p = row.shape
     blocks = triton.cdiv(p, _BLOCK)
     parts = row.new_empty(rows, blocks, 2, dtype=torch.float64)
-    plan, norm = row.new_empty(rows, _PLAN), row.new_empty(rows)
+    plan, norm = row.new_empty(rows, PLAN.value), row.new_empty(rows)
     _partials().launch((blocks, rows), row, grad, active, parts, row.stride(0), grad.stride(0), p)
     scaled = lr_scale is not None
     # The logarithm of 0 is -inf, and n times the two halves of that is no number.

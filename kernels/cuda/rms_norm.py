@@ -29,7 +29,7 @@ def rms_norm_kernel(
     at = rows.to(tl.int64)[:, None] * D + cols
     there = (rows < T)[:, None] & (cols < D)
     x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-    mean = tl.math.div_rn(tl.sum(x * x, 1), D.to(tl.float32))
+    mean = tl.math.div_rn(tl.sum(x * x, 1), 1.0 * D)
     rstd = tl.math.div_rn(1.0, tl.math.sqrt_rn(mean + eps))
     w = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     y = x * rstd[:, None] * w
@@ -51,7 +51,7 @@ def rms_norm_backward_kernel(
     rstd = tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)[:, None]
     gw = g * w
     unit = x * rstd
-    mean = tl.math.div_rn(tl.sum(gw * unit, 1), D.to(tl.float32))
+    mean = tl.math.div_rn(tl.sum(gw * unit, 1), 1.0 * D)
     gx = rstd * (gw - unit * mean[:, None])
     tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=there)
 
