@@ -1,7 +1,7 @@
 """The C++ library: what it exports, how it is chosen, and that it stays inside its memory.
 
 The slow test compiles csrc/ with the address and undefined-behaviour sanitizers and runs every case
-of every kernel on it: two minutes. The others take two seconds.
+of every kernel on it: three minutes of processor time. The others take two seconds.
 """
 
 from __future__ import annotations
