@@ -89,7 +89,7 @@ class Estimate:
             yield "tokens trained", "unknown: the data or the tokenizer are not here"
         yield "memory", f"{self.state_mib:,.0f} MiB for base and slots"
         how = "recomputed" if self.recompute else "kept"
-        yield "", f"{self.activation_mib:,.0f} MiB for activations of a full pass, {how}"
+        yield "", f"{self.activation_mib:,.0f} MiB for activations of the longest pass, {how}"
 
 
 def estimate(config: Config) -> Estimate:

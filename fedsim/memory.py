@@ -23,7 +23,8 @@ def activation_bytes(hf: Any, rows: int, itemsize: int, *, recompute: bool = Fal
         3 f  gate, up and their product
 
     Recomputed, one layer has all of these, and every layer its input (d). Low-rank products
-    (rank numbers a module) and the logits of 256 rows at once are left out.
+    (rank numbers a module) and the logits of 256 rows at once are left out: SmolLM2 in fp32 with
+    rank 16 on all linears kept 282 MB of 256 rows, where this says 260.
     """
     text = hf.get_text_config()
     heads = text.num_attention_heads

@@ -31,7 +31,7 @@ from fedsim.model import Base
 from fedsim.plan import step_examples
 from fedsim.record import Meter
 from fedsim.train import Trainer
-from tests.test_engine import DELTA, KEY, distance, open_base
+from tests.lab import DELTA, KEY, distance, open_base
 
 M = 7
 SIZES = (3, 20, 5, 30, 9, 2, 12)  # examples of each client
@@ -403,6 +403,18 @@ def test_the_plan_foretells_the_first_round(settings: Callable[..., Config], mod
     assert planned.work.longest <= 512
     visits = [json.loads(text) for text in (folder / "clients.jsonl").read_text().splitlines()]
     assert {v["rank"] for v in visits} == {1, 4} and len(visits) == 8
+
+
+def test_utilisation_is_real_rows_over_the_budget() -> None:
+    """90 and 60 of 100, then a sequence of 150 alone: 300 of 350. A round begins at nothing."""
+    meter = Meter()
+    assert meter.utilisation is None
+    for rows in (90, 60, 150):
+        meter.count(rows=rows, budget=100, clients=1, steps=1, tokens=rows)
+    assert meter.utilisation == 300 / 350 and meter.passes == 3
+    meter.begin(2, steps=5)
+    assert meter.utilisation is None and (meter.passes, meter.steps, meter.steps_total) == (0, 0, 5)
+    assert meter.steps_done == 3 and meter.tokens == 300
 
 
 def test_activations_by_hand(tiny: Callable[[str], Path]) -> None:
