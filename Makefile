@@ -9,11 +9,11 @@ STAMP := $(VENV)/.installed
 # `kernels/` must not shadow the PyPI package `kernels` that transformers imports.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-slow lint bench clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check \
@@ -25,7 +25,10 @@ demo: install
 	$(BIN)/fedsim run --preset demo --fresh
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
@@ -34,6 +37,7 @@ lint: install
 
 bench: install
 	$(BIN)/python bench/bench_clients.py --quick --save
+	$(BIN)/python bench/bench_engine.py --quick --save
 	$(BIN)/python bench/readme.py
 
 clean:

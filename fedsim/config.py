@@ -104,9 +104,9 @@ class Train(Section):
     mode: Literal["fast", "strict"] = Field(
         "fast", description="strict: bit for bit the same in any packing"
     )
-    chunk_tokens: int = Field(512, ge=1, description="of one chunk of a step; with mode = strict")
+    chunk_tokens: int = Field(1024, ge=1, description="of one chunk of a step; with mode = strict")
     tile: Literal[16, 32, 64, 128, 256] = Field(
-        64, description="rows of one product; with mode = strict"
+        128, description="rows of one product; with mode = strict"
     )
     shared_prefix: bool = Field(
         True, description="compute a step's common prompt prefix once, where dropout is 0"

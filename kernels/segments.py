@@ -64,7 +64,7 @@ class Segments:
                 "parents; expected equal counts. Give one of each per sequence."
             )
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        begin = tuple(int(s) for s in starts) if starts is not None else (0, *ends[:-1])
+        begin = tuple(int(s) for s in starts) if starts is not None else (0, *ends)[:len(ends)]
         group = tuple(int(c) for c in chunks) if chunks is not None else slots
         seen: set[int] = set()
         done: set[tuple[int, int]] = set()
