@@ -5,7 +5,7 @@ them labels), no shared prefixes, budget 2048 unless said; every arm in the dtyp
 names: bf16 where the processor has instructions for it, else fp32. Losses are compared before
 anything is timed. Figures of single operations are described in bench_ops.py; the others are
 
-    vs_b1_small, vs_b1_large  a round of 16 clients with <= 256 tokens a step, of 4 with >= 2,000,
+    vs_b1_small, vs_b1_large  a round of 16 clients with <= 256 tokens a step, of 3 with >= 2,000,
                               packed, against one client per pass (whole steps in one pass, too)
     base_share  seconds in products with frozen weights, head included, over those of a whole
                 profiled step (16 clients, packing to AdamW)
@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a pac
 import bench_ops
 import bench_step
 import harness
-from bench_clients import Work, arm, engine_round
+from bench_clients import Work, engine_round
 from bench_ops import TOLERANCE, must_agree
 from bench_step import KEY, Step, configure
-from harness import Figure
+from harness import Arm, Figure
 
 from fedsim.errors import FedSimError, RunError
 from fedsim.world import World, describe, load_world
 
 SMALL, LARGE = 256, 2000  # tokens of a client's step
+QUICK, FULL = (5, 3), (15, 7)  # repeats of what takes little and of what takes long
 # name -> (title, target, stretch, whether more is better), as the README's table has them
 FIGURES: dict[str, tuple[str, float, float, bool]] = {
     "vs_b1_small": ("round, <= 256 tokens a client step, x B1", 1.3, 1.6, True),
@@ -70,7 +72,7 @@ def rounds(what: str, work: Work, other: Work, repeats: int) -> Figure:
     """Seconds of the other way to train the same round over the work's own."""
     got, want = (torch.as_tensor(engine_round(w)[1]) for w in (work, other))
     must_agree(f"{what}: losses", got, want, TOLERANCE[work.world.base.dtype])
-    arms = {"engine": arm(engine_round, work), "other": arm(engine_round, other)}
+    arms = {n: Arm(partial(engine_round, w)) for n, w in (("engine", work), ("other", other))}
     timed = harness.time_arms(arms, repeats, what)
     tokens = [int(work.world.store.lengths[b].sum()) for steps in work.batches for b in steps]
     return harness.figure(
@@ -164,15 +166,15 @@ def start_seconds(name: str, repeats: int) -> Figure:
 
 def run(name: str, quick: bool) -> dict[str, Any]:
     """Every figure, the cheapest to spoil first; returns the whole record."""
-    n, few = (5, 3) if quick else (15, 7)
+    n, few = QUICK if quick else FULL
     config = configure(name, 4, 4)
     world = load_world(config, KEY)
     base = world.base
     figures = {
-        "start_seconds": start_seconds(name, few - 1),
+        "start_seconds": start_seconds(name, few),
         "memory_per_client": memory_per_client(world, few),
         "vs_b1_small": vs_b1(world, "vs_b1_small", 16, 3, few),
-        "vs_b1_large": vs_b1(world, "vs_b1_large", 4, 32, few),
+        "vs_b1_large": vs_b1(world, "vs_b1_large", 3, 32, few),
         **bench_step.base_products(world, few),
         "multi_lora_over_frozen": bench_step.multi_lora_over_frozen(world, name, n),
         "k32_over_k1": bench_step.k32_over_k1(world, few),

@@ -4,6 +4,7 @@ describes them: base_share, base_rate, multi_lora_over_frozen, k32_over_k1.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -98,7 +99,8 @@ def base_products(world: World, repeats: int) -> dict[str, Figure]:
     weights = {tuple(w.shape) for w in (base.head, *(site.weight for site in base.sites))}
     weights |= {shape[::-1] for shape in weights}
     x, w = (torch.randn(n, PLAIN[1]).to(base.dtype) for n in (PLAIN[0], PLAIN[2]))
-    step.run(), F.linear(x, w)
+    step.run()
+    flops_of_plain = 2 * math.prod(PLAIN)
     shares, rates, flops = [], [], 0
     for _ in range(repeats):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
@@ -113,12 +115,12 @@ def base_products(world: World, repeats: int) -> dict[str, Figure]:
                 flops += 2 * shapes[0][0] * shapes[1][0] * shapes[1][1]
         plain = harness.seconds_of(lambda: F.linear(x, w), 20)
         shares.append(spent / wall)
-        rates.append((flops / spent) / (2 * np.prod(PLAIN) / plain))
+        rates.append(flops / spent * plain / flops_of_plain)
     more = {"tokens": step.tokens, "gflop": flops / 1e9}
     return {
         "base_share": harness.figure(harness.summary(shares), **more),
         "base_rate": harness.figure(
-            harness.summary(rates), plain_gflop_per_second=2 * np.prod(PLAIN) / plain / 1e9
+            harness.summary(rates), plain_gflop_per_second=flops_of_plain / plain / 1e9
         ),
     }
 
@@ -135,7 +137,7 @@ def multi_lora_over_frozen(world: World, name: str, repeats: int) -> Figure:
     multi, frozen = (Step(world, 16, 2, b, budget_tokens=4096) for b in (None, base))
     must_agree("multi-LoRA and frozen base: losses", multi.gradients(), frozen.gradients(),
                TOLERANCE[base.dtype])  # fmt: skip
-    arms = {n: Arm(s.gradients, s.gradients) for n, s in (("multi", multi), ("frozen", frozen))}
+    arms = {"multi": Arm(multi.gradients), "frozen": Arm(frozen.gradients)}
     timed = harness.time_arms(arms, repeats, "multi_lora_over_frozen")
     return harness.figure(
         harness.ratio(timed["multi"].seconds, timed["frozen"].seconds), tokens=multi.tokens
@@ -146,7 +148,6 @@ def k32_over_k1(world: World, repeats: int) -> Figure:
     """The single client's step spans as many passes as those of all 32."""
     many, one = Step(world, 32, 4), Step(world, 1, 128)
     must_agree("K = 32 and K = 1: mean loss", many.loss(), one.loss(), TOLERANCE[world.base.dtype])
-    arms = {n: Arm(s.run, s.run) for n, s in (("k32", many), ("k1", one))}
-    timed = harness.time_arms(arms, repeats, "k32_over_k1")
+    timed = harness.time_arms({"k32": Arm(many.run), "k1": Arm(one.run)}, repeats, "k32_over_k1")
     found = harness.ratio(timed["k32"].seconds, timed["k1"].seconds)
     return harness.figure(found, tokens=many.tokens, passes=[len(many.work), len(one.work)])

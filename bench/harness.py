@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fedsim.record import surroundings
 
@@ -35,10 +33,13 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 @dataclass(frozen=True)
 class Arm:
-    """One contestant: `warm_up` runs once, untimed; `run` is timed in the first `repeats`."""
+    """One contestant: `warm_up` runs once, untimed; `run` is timed in the first `repeats`.
+
+    One that a check of its results has just run needs no other warming up.
+    """
 
     run: Callable[[], Any]
-    warm_up: Callable[[], object]
+    warm_up: Callable[[], object] = lambda: None
     repeats: int | None = None  # None: in all of them
 
 
@@ -153,6 +154,9 @@ def spread(found: Mapping[str, float] | None) -> str:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; all columns but the first two are figures."""
+    from rich.console import Console  # bench/gpu.py runs where rich is not installed
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < 2 else "right")

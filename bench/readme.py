@@ -68,9 +68,38 @@ def clients() -> str:
     ])  # fmt: skip
 
 
+def engine() -> str:
+    """What the engine's steps cost, from engine.json."""
+    file = RESULTS / "engine.json"
+    if not file.is_file():
+        return ""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = ["| of the engine | measured | target | stretch |", "|---|---|---|---|"]
+    for f in result["figures"].values():
+        bound = "at least" if f["more"] else "at most"
+        lines.append(
+            f"| {f['title']} | {_three(f['value'])} ({_three(f['low'])} to {_three(f['high'])}) "
+            f"| {bound} {f['target']:g} | {f['stretch']:g} |"
+        )
+    return "\n".join([
+        *lines, "",
+        f"SmolLM2-135M-Instruct, rank 16 on every linear, embedded examples; every arm in "
+        f"{result['dtype']}; medians of paired repeats of one run with their range; "
+        f"{machine['cpu']}, {machine['threads']} threads, "
+        f"{', '.join(machine['flags']) or 'no bf16 instructions'}. `bench/bench_engine.py` says "
+        "what each figure is.",
+    ])  # fmt: skip
+
+
+def _three(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def render(text: str) -> str:
     """The README with its generated parts renewed."""
-    for name, content in (("demo", demo()), ("bench", clients())):
+    for name, content in (("demo", demo()), ("bench", clients()), ("engine", engine())):
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

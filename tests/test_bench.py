@@ -1,4 +1,5 @@
-"""The benches' own arithmetic, and a whole quick run of bench_clients on a tiny model."""
+"""The benches' own arithmetic, and whole quick runs of bench_clients and bench_engine on a tiny
+model."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.core import LocalRule
 from fedsim.data.embedded import finance
-from fedsim.errors import ModelError
+from fedsim.errors import ModelError, RunError
+from fedsim.record import Meter
 from fedsim.seeds import run_key
-from fedsim.world import load_world
+from fedsim.world import World, load_world
 
 BENCH = Path(__file__).parents[1] / "bench"
 # peft 0.21 reads the old name of a property that transformers 5.23 renamed.
@@ -39,6 +42,10 @@ def script(name: str) -> ModuleType:
 harness = script("harness")
 script("stock")
 bench = script("bench_clients")
+ops = script("bench_ops")
+steps = script("bench_step")
+engine = script("bench_engine")
+readme = script("readme")
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +165,115 @@ def check_setting(setting: dict[str, Any], steps: int) -> None:
 def test_bench_clients_says_where_data_should_be(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"fingpt_sentiment.*--data DIR or set FEDSIM_DATA"):
         bench.main(["--quick", "--data", str(tmp_path)])
+
+
+def test_a_figure_is_a_median_of_pairs_times_its_factor() -> None:
+    """2 x (4/2, 9/3, 4/4) = 4, 6, 2."""
+    found = harness.figure(harness.ratio((4, 9, 4), (2, 3, 4), 2), unit=7)
+    assert found == {"value": 4, "low": 2, "high": 6, "n": 3, "unit": 7}
+
+
+@pytest.fixture
+def world(tiny: Callable[[str], Path]) -> World:
+    config = steps.configure(str(tiny("llama")), 4, 4)
+    fp32 = config.model.model_copy(update={"dtype": "float32"})
+    return load_world(config.model_copy(update={"model": fp32}), steps.KEY)
+
+
+def test_a_step_is_the_engines_own(world: World) -> None:
+    """Its losses, weights after AdamW and number of rows are those of a trained round; and a mean
+    over all labels does not depend on whose they are."""
+    step = steps.Step(world, 4, 3)
+    before = step.trainer.bank.rows.clone()
+    step.run()
+    seen = list(step.trainer.train(step.plan, LocalRule(before[0]), Meter()))
+    assert sum(int(u.tokens[0]) for u in seen) == step.tokens
+    again = steps.Step(world, 4, 3)
+    losses, mean = again.gradients(), float(again.loss())
+    assert steps.Step(world, 1, 12).loss() == pytest.approx(mean, rel=1e-5)
+    for k, update in enumerate(seen):
+        assert losses[k] == pytest.approx(update.loss_first[0], rel=1e-6)
+        assert (before[k] != update.row[0]).any()
+    again.run()
+    assert torch.equal(again.trainer.bank.rows, step.trainer.bank.rows)
+    assert torch.allclose(torch.cat([u.row for u in seen]), again.trainer.bank.rows, atol=1e-6)
+
+
+def test_base_products_are_those_with_frozen_weights(world: World) -> None:
+    """By hand, per row: 2 FLOPs x the weights of every linear, forward and dX. Of the first layer
+    q, k, v have no dX. The last MLP and the head see label rows only, the head in one product
+    forward and one back."""
+    found = steps.base_products(world, 1)
+    step = steps.Step(world, 16, 2)
+    per_layer = {name: site.weight.numel() for site in world.base.sites
+                 for name in (site.members[0].name.partition("layers.")[2],)}  # fmt: skip
+    labels = int(step.labels.sum())
+    rows = {n: labels if n.startswith("1.mlp") else step.tokens for n in per_layer}
+    passes = {n: 1 if n.startswith("0.self_attn.q") else 2 for n in per_layer}
+    flops = sum(2 * rows[n] * passes[n] * per_layer[n] for n in per_layer)
+    flops += 2 * 2 * labels * world.base.head.numel()
+    assert found["base_share"]["gflop"] == pytest.approx(flops / 1e9)
+    assert 0 < found["base_share"]["value"] < 1 and found["base_rate"]["value"] > 0
+
+
+def test_operations_must_agree_before_they_are_timed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each baseline computes the same; with another scale, beta or weight it would be refused."""
+    assert ops.lora_vs_loop(world.base, 1)["widths"] == [[32, 16, 16], [48, 48]]
+    assert ops.adamw_vs_foreach(world.base, 1)["tensors"] == 28
+    assert ops.reduce_over_copy(world.base, 1)["value"] > 0
+
+    looped, summed = ops.looped, torch.ops.fedsim.weighted_rows
+    monkeypatch.setattr(ops, "looped", lambda w: looped(w._replace(scale=1.01 * w.scale)))
+    with pytest.raises(ModelError, match="the loop"):
+        ops.lora_vs_loop(world.base, 1)
+    adam = torch.optim.AdamW
+    monkeypatch.setattr(ops.torch.optim, "AdamW", lambda p, lr, **rest: adam(p, 1.01 * lr, **rest))
+    with pytest.raises(ModelError, match="AdamW"):
+        ops.adamw_vs_foreach(world.base, 1)
+    monkeypatch.setattr(
+        torch.ops.fedsim,
+        "weighted_rows",
+        lambda total, rows, start, w: summed(total, rows, start, 1.01 * w),
+    )
+    with pytest.raises(ModelError, match="weighted sum"):
+        ops.reduce_over_copy(world.base, 1)
+
+
+def test_passes_for_ragged_clients_are_full() -> None:
+    """Rows and budgets by hand for one slot: 3 + 4 of 5 and 5, 7 of 7: 14 / 17."""
+    shifts = ops.schedule([2, 1], lambda c, s: ops.Load(((3, 4), (7,))[c][s : s + 1]), 1, 5)
+    rows = [shift.rows for shift in shifts]
+    assert sum(rows) / sum(max(r, 5) for r in rows) == 14 / 17
+    found = ops.utilisation(1, clients=20, slots=4, budgets=(512, 1024))
+    assert 0.9 < found["value"] <= 1 and found["value"] == min(found["by_budget"].values())
+
+
+def test_bench_engine(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Every figure of the table is there, with its targets, and the README renders them."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(engine, "SMALL", 10**6)
+    monkeypatch.setattr(engine, "QUICK", (2, 1))
+    threads = str(torch.get_num_threads())
+    engine.main(["--quick", "--save", "--model", str(tiny("llama")), "--threads", threads])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads((tmp_path / "engine.json").read_text())
+    assert list(last) == list(result["figures"]) == list(engine.FIGURES)
+    assert result["dtype"] in ("float32", "bfloat16") and result["summary"] == last
+    for name, figure in result["figures"].items():
+        assert figure["low"] <= figure["value"] <= figure["high"], name
+    assert min(result["figures"]["vs_b1_large"]["tokens_per_step"]) >= 2000
+    text = readme.render("<!-- engine:begin --><!-- engine:end -->")
+    assert all(f"| {title} |" in text for title, *_ in engine.FIGURES.values())
+    assert f"every arm in {result['dtype']}" in text
+
+
+def test_steps_of_another_size_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SMALL", 5)
+    with pytest.raises(RunError, match=r"vs_b1_small: got steps of \d+ to \d+ tokens"):
+        engine.vs_b1(world, "vs_b1_small", 2, 1, 1)
