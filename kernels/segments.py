@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedsim_kernels.dispatch import chosen
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -145,21 +147,23 @@ class Segments:
         return torch.tensor(rows, dtype=torch.int32).view(-1, 4)
 
     def tables(self, device: torch.device) -> list[Tensor]:
-        """What operations read: [spans, sequences], and on CUDA the tile tables after them."""
-        key = str(device)
+        """What operations read: [spans, sequences], and for Triton the tile tables after them."""
+        key = (str(device), chosen(device) == "triton")
         if key not in self._tables:
             self._tables[key] = self._build(device)
         return self._tables[key]
 
     @cached_property
-    def _tables(self) -> dict[str, list[Tensor]]:
+    def _tables(self) -> dict[tuple[str, bool], list[Tensor]]:
         return {}
 
     def _build(self, device: torch.device) -> list[Tensor]:
         out = [self.span_table, self.sequence_table]
-        if device.type == "cuda":
+        if chosen(device) == "triton":
             from fedsim_kernels.cuda.tiles import tile_tables
 
+            out += tile_tables(self)
+        if device.type == "cuda":
             # One transfer from pinned memory each; nothing later in the pass waits for the host.
-            out = [t.pin_memory().to(device, non_blocking=True) for t in out + tile_tables(self)]
+            out = [t.pin_memory().to(device, non_blocking=True) for t in out]
         return out

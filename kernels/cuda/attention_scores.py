@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedsim_kernels.cuda.products import padded, upcast
-
+from fedsim_kernels.cuda.products import upcast
 from fedsim_kernels.cuda.variant import Variant, dtype_name, pointer
 
 UNBOUNDED = 1 << 30  # a window that nothing exceeds
@@ -43,9 +42,10 @@ def capped(product, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def block(base, rows, within, columns, stride, D):
-    """Rows of one head; zero where there is none."""
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+def block(base, first, rows, within, columns, stride, D):
+    """Rows `first` + `rows` of one head; zero where there is none. Only `first` is wide: what
+    differs from element to element stays in 32 bits."""
+    at = base + first.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     return tl.load(at, mask=within[:, None] & (columns < D)[None, :], other=0.0)
 
 
@@ -74,13 +74,27 @@ def attention_variant(
     )  # fmt: skip
 
 
+def head_block(d: int) -> int:
+    """BD for heads of d features: 64, as below it there are only toy models, 128 or 256.
+
+    Raises:
+        ValueError: d beyond 256.
+    """
+    if d > 256:
+        raise ValueError(
+            f"packed attention: got heads of {d} features; expected at most 256 on CUDA. "
+            "Use the reference on CPU."
+        )
+    return 64 if d <= 64 else 128 if d <= 128 else 256
+
+
 def constants(
     capped: bool, d: int, dtype: torch.dtype, queries: int, keys: int, split: int
 ) -> dict[str, int]:
     """BM query rows by BN keys; SPLIT programs share a tile of the table."""
     return {
         "CAPPED": int(capped), "UPCAST": upcast(dtype), "BM": queries, "BN": keys,
-        "BD": max(64, padded(d)), "SPLIT": split,
+        "BD": head_block(d), "SPLIT": split,
     }  # fmt: skip
 
 

@@ -15,8 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fedsim_kernels.cuda.attention_scores import (
-    LN2, SHAPE, attention_variant, block, capped, constants, shape,
-)  # fmt: skip
+    LN2,
+    SHAPE,
+    attention_variant,
+    block,
+    capped,
+    constants,
+    head_block,
+    shape,
+)
 from fedsim_kernels.cuda.packed_attention_backward import (
     packed_attention_backward as packed_attention_backward,  # dispatch looks for it here
 )
@@ -39,11 +46,11 @@ def attention(
     first, position = tl.load(tile + 1) + skip, tl.load(tile + 3) + skip
     if first >= end:
         return
-    t, d = first + tl.arange(0, BM), tl.arange(0, BD)
-    own = block(q + head * q_head, t, t < end, d, q_row, D)
+    m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    inside = m < end - first
+    own = block(q + head * q_head, first, m, inside, d, q_row, D)
     k += (head // group) * k_head
     v += (head // group) * v_head
-    at = position + tl.arange(0, BM)
     most = tl.full((BM,), float("-inf"), tl.float32)
     norm = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
@@ -53,12 +60,13 @@ def attention(
         low = tl.maximum(position - window + 1 - before, 0) // BN * BN
         high = tl.minimum(length, position + BM - before)
         for c in range(low, high, BN):
-            n = c + tl.arange(0, BN)
-            keys = block(k, start + n, n < length, d, k_row, D)
+            there = n < length - c
+            keys = block(k, start + c, n, there, d, k_row, D)
             none = tl.zeros((BM, BN), tl.float32)
             s, _ = capped(product(own, tl.trans(keys), none, UPCAST), scale, softcap, CAPPED)
-            distance = at[:, None] - (before + n)[None, :]
-            seen = (distance >= 0) & (distance < window) & (n < length)[None, :]
+            last = tl.minimum(m + (position - before - c), length - c - 1)
+            first_seen = m + (position - before - c - window)
+            seen = (n[None, :] <= last[:, None]) & (n[None, :] > first_seen[:, None])
             s = tl.where(seen, s, float("-inf"))
             higher = tl.maximum(most, tl.max(s, 1))
             # A row that has seen no key yet stays at -inf; -inf - -inf would be NaN.
@@ -66,23 +74,29 @@ def attention(
             p = tl.exp2(s - zero[:, None])
             shrink = tl.exp2(most - zero)
             norm = norm * shrink + tl.sum(p, 1)
-            values = block(v, start + n, n < length, d, v_row, D)
+            values = block(v, start + c, n, there, d, v_row, D)
             acc = product(p.to(values.dtype), values, acc * shrink[:, None], UPCAST)
             most = higher
         sequence = tl.load(entry + 2)
     empty = norm == 0.0
     norm = tl.where(empty, 1.0, norm)
-    row = t.to(tl.int64) * heads + head
     logs = tl.where(empty, 0.0, (most + tl.log2(norm)) * LN2)
-    tl.store(lse + row, logs, mask=t < end)
+    row = first.to(tl.int64) * heads + head
+    tl.store(lse + row + m * heads, logs, mask=inside)
     out = (acc / norm[:, None]).to(o.dtype.element_ty)
-    mask = (t < end)[:, None] & (d < D)[None, :]
-    tl.store(o + row[:, None] * D + d[None, :], out, mask=mask)
+    mask = inside[:, None] & (d < D)[None, :]
+    tl.store(o + row * D + (m[:, None] * (heads * D) + d[None, :]), out, mask=mask)
+
+
+# (query rows, keys, warps, stages) by BD: as large as sm_80 takes without spilling registers.
+_HALF = {64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 16, 4, 2)}
+# Products without a matrix unit unroll BD: few elements for each thread.
+_FP32 = {64: (16, 32, 4, 1), 128: (32, 32, 16, 1), 256: (32, 32, 16, 1)}
 
 
 def tile(d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) of a program for heads of that size."""
-    return 64, 64, 4, 2
+    return (_FP32 if dtype == torch.float32 else _HALF)[head_block(d)]
 
 
 @cache
@@ -111,7 +125,7 @@ def packed_attention(
     work, (rows, heads, d) = Tiles(*tables[2:]), q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
-    variant = _variant(softcap > 0, d, q.dtype)
+    variant = _variant(softcap > 0, head_block(d), q.dtype)
     variant.launch(
         (len(work.sequences) * variant.tile["SPLIT"], heads), q, k, v, o, lse, work.sequences,
         tables[1], *shape(q, k, v, scale, window, softcap),

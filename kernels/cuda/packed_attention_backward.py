@@ -15,8 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fedsim_kernels.cuda.attention_scores import (
-    LOG2E, SHAPE, attention_variant, block, capped, constants, shape,
-)  # fmt: skip
+    LOG2E,
+    SHAPE,
+    attention_variant,
+    block,
+    capped,
+    constants,
+    head_block,
+    shape,
+)
 from fedsim_kernels.cuda.products import product
 from fedsim_kernels.cuda.tiles import ROWS, Tiles
 from fedsim_kernels.cuda.variant import DTYPES, Variant
@@ -36,17 +43,22 @@ def attention_queries(
     first, position = tl.load(tile + 1) + skip, tl.load(tile + 3) + skip
     if first >= end:
         return
-    t, d = first + tl.arange(0, BM), tl.arange(0, BD)
-    own = block(q + head * q_head, t, t < end, d, q_row, D)
-    grad = block(g + head * D, t, t < end, d, heads * D, D)
-    out = block(o + head * D, t, t < end, d, heads * D, D)
-    dots = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    row = t.to(tl.int64) * heads + head
-    tl.store(delta + row, dots, mask=t < end)
-    logs = tl.load(lse + row, mask=t < end, other=0.0) * LOG2E
+    m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    inside = m < end - first
+    grad = block(g + head * D, first, m, inside, d, heads * D, D)
+    # Piece by piece: a product of whole rows keeps them in registers through the loops below,
+    # which then spill in fp32.
+    dots, part = tl.zeros((BM,), tl.float32), tl.arange(0, 16)
+    for c in range(0, D, 16):
+        left = block(g + head * D + c, first, m, inside, part, heads * D, D - c).to(tl.float32)
+        right = block(o + head * D + c, first, m, inside, part, heads * D, D - c).to(tl.float32)
+        dots += tl.sum(left * right, 1)
+    row = first.to(tl.int64) * heads + head
+    tl.store(delta + row + m * heads, dots, mask=inside)
+    own = block(q + head * q_head, first, m, inside, d, q_row, D)
+    logs = tl.load(lse + row + m * heads, mask=inside, other=0.0) * LOG2E
     k += (head // group) * k_head
     v += (head // group) * v_head
-    at = position + tl.arange(0, BM)
     acc = tl.zeros((BM, BD), tl.float32)
     while sequence >= 0:
         entry = sequences + 4 * sequence
@@ -54,21 +66,22 @@ def attention_queries(
         low = tl.maximum(position - window + 1 - before, 0) // BN * BN
         high = tl.minimum(length, position + BM - before)
         for c in range(low, high, BN):
-            n = c + tl.arange(0, BN)
-            keys = block(k, start + n, n < length, d, k_row, D)
-            values = block(v, start + n, n < length, d, v_row, D)
+            there = n < length - c
+            keys = block(k, start + c, n, there, d, k_row, D)
+            values = block(v, start + c, n, there, d, v_row, D)
             none = tl.zeros((BM, BN), tl.float32)
             s, slope = capped(product(own, tl.trans(keys), none, UPCAST), scale, softcap, CAPPED)
-            distance = at[:, None] - (before + n)[None, :]
-            seen = (distance >= 0) & (distance < window) & (n < length)[None, :]
+            last = tl.minimum(m + (position - before - c), length - c - 1)
+            first_seen = m + (position - before - c - window)
+            seen = (n[None, :] <= last[:, None]) & (n[None, :] > first_seen[:, None])
             p = tl.exp2(tl.where(seen, s, float("-inf")) - logs[:, None])
             dp = product(grad, tl.trans(values), none, UPCAST)
             ds = p * (dp - dots[:, None]) * slope
             acc = product(ds.to(keys.dtype), keys, acc, UPCAST)
         sequence = tl.load(entry + 2)
-    mask = (t < end)[:, None] & (d < D)[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
     out = (acc * scale).to(gq.dtype.element_ty)
-    tl.store(gq + row[:, None] * D + d[None, :], out, mask=mask)
+    tl.store(gq + row * D + (m[:, None] * (heads * D) + d[None, :]), out, mask=mask)
 
 
 @triton.jit
@@ -85,10 +98,10 @@ def attention_keys(
     first, position = tl.load(tile + 1) + skip, tl.load(tile + 3) + skip
     if first >= end:
         return
-    t, d = first + tl.arange(0, BN), tl.arange(0, BD)
-    keys = block(k + head * k_head, t, t < end, d, k_row, D)
-    values = block(v + head * v_head, t, t < end, d, v_row, D)
-    at = position + tl.arange(0, BN)
+    m, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    inside = n < end - first
+    keys = block(k + head * k_head, first, n, inside, d, k_row, D)
+    values = block(v + head * v_head, first, n, inside, d, v_row, D)
     acc_k = tl.zeros((BN, BD), tl.float32)
     acc_v = tl.zeros((BN, BD), tl.float32)
     begin, stop = 0, 0
@@ -99,39 +112,54 @@ def attention_keys(
         start, length, before = tl.load(entry), tl.load(entry + 1), tl.load(entry + 3)
         low = tl.maximum(position - before, 0) // BM * BM
         high = tl.minimum(length, position + BN - 1 + window - before)
-        for member in range(0, group):
-            reader = head * group + member
-            for r in range(low, high, BM):
-                n = r + tl.arange(0, BM)
-                queries = block(q + reader * q_head, start + n, n < length, d, q_row, D)
-                grad = block(g + reader * D, start + n, n < length, d, heads * D, D)
-                row = (start + n).to(tl.int64) * heads + reader
-                logs = tl.load(lse + row, mask=n < length, other=0.0) * LOG2E
-                dots = tl.load(delta + row, mask=n < length, other=0.0)
-                none = tl.zeros((BN, BM), tl.float32)
-                s = product(keys, tl.trans(queries), none, UPCAST)
-                s, slope = capped(s, scale, softcap, CAPPED)
-                distance = (before + n)[None, :] - at[:, None]
-                seen = (distance >= 0) & (distance < window) & (n < length)[None, :]
-                p = tl.exp2(tl.where(seen, s, float("-inf")) - logs[None, :])
-                acc_v = product(p.to(grad.dtype), grad, acc_v, UPCAST)
-                dp = product(values, tl.trans(grad), none, UPCAST)
-                ds = p * (dp - dots[None, :]) * slope
-                acc_k = product(ds.to(queries.dtype), queries, acc_k, UPCAST)
-    mask = (t < end)[:, None] & (d < D)[None, :]
-    out = (t.to(tl.int64) * (heads // group) + head)[:, None] * D + d[None, :]
+        steps = tl.maximum(tl.cdiv(high - low, BM), 0)
+        for step in range(0, group * steps):
+            reader, r = head * group + step // steps, low + (step % steps) * BM
+            there = m < length - r
+            queries = block(q + reader * q_head, start + r, m, there, d, q_row, D)
+            grad = block(g + reader * D, start + r, m, there, d, heads * D, D)
+            row = (start + r).to(tl.int64) * heads + reader
+            logs = tl.load(lse + row + m * heads, mask=there, other=0.0) * LOG2E
+            dots = tl.load(delta + row + m * heads, mask=there, other=0.0)
+            none = tl.zeros((BN, BM), tl.float32)
+            s = product(keys, tl.trans(queries), none, UPCAST)
+            s, slope = capped(s, scale, softcap, CAPPED)
+            last = tl.where(there, m + (before + r - position), -1)
+            first_seen = m + (before + r - position - window)
+            seen = (n[:, None] <= last[None, :]) & (n[:, None] > first_seen[None, :])
+            p = tl.exp2(tl.where(seen, s, float("-inf")) - logs[None, :])
+            acc_v = product(p.to(grad.dtype), grad, acc_v, UPCAST)
+            dp = product(values, tl.trans(grad), none, UPCAST)
+            ds = p * (dp - dots[None, :]) * slope
+            acc_k = product(ds.to(queries.dtype), queries, acc_k, UPCAST)
+    mask = inside[:, None] & (d < D)[None, :]
+    readers = heads // group
+    out = (first.to(tl.int64) * readers + head) * D
+    out += n[:, None] * (readers * D) + d[None, :]
     tl.store(gk + out, (acc_k * scale).to(gk.dtype.element_ty), mask=mask)
     tl.store(gv + out, acc_v.to(gv.dtype.element_ty), mask=mask)
 
 
-def tile(keys: bool, d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+# (query rows, keys, warps, stages) by BD: as large as sm_80 takes without spilling registers.
+_QUERIES = {64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)}
+_KEYS = {64: (32, 64, 4, 2), 128: (16, 64, 4, 2), 256: (32, 32, 8, 2)}
+_QUERIES_FP32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 16, 1)}
+_KEYS_FP32 = {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}
+
+
+def tile(keys: bool, capped: bool, d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) of `attention_keys` or `attention_queries`."""
-    return 64, 64, 4, 2
+    if dtype == torch.float32:
+        return (_KEYS_FP32 if keys else _QUERIES_FP32)[head_block(d)]
+    rows, columns, warps, stages = (_KEYS if keys else _QUERIES)[head_block(d)]
+    if keys and capped and head_block(d) == 64:
+        stages = 1
+    return rows, columns, warps, stages
 
 
 @cache
 def _variant(keys: bool, capped: bool, d: int, dtype: torch.dtype) -> Variant:
-    rows, columns, warps, stages = tile(keys, d, dtype)
+    rows, columns, warps, stages = tile(keys, capped, d, dtype)
     chosen = constants(capped, d, dtype, rows, columns, ROWS // (columns if keys else rows))
     names, kernel = "g q k v o lse delta gq tiles sequences", attention_queries
     if keys:
@@ -164,8 +192,6 @@ def packed_attention_backward(
         (True, k.shape[1], (g, q, k, v, lse, delta, gk, gv, work.sequences, tables[1],
                             work.begins, work.descendants)),
     ):  # fmt: skip
-        variant = _variant(keys, softcap > 0, d, q.dtype)
-        variant.launch(
-            (len(work.sequences) * variant.tile["SPLIT"], heads), *tensors, *values
-        )
+        variant = _variant(keys, softcap > 0, head_block(d), q.dtype)
+        variant.launch((len(work.sequences) * variant.tile["SPLIT"], heads), *tensors, *values)
     return gq, gk, gv

@@ -1,0 +1,434 @@
+"""Grouped LoRA and packed attention in Triton, in its interpreter on CPU tensors.
+
+Proved here: both keep the one tolerance rule in fp32, fp16 and bf16, over ranks 1 to 256 in one
+pass, spans of several pieces, chains of parents, heads of every block; a broken launch does not
+keep it; tile tables hold every row once; NaN of a slot and of padding stay there; a chunk's bits
+do not depend on what it is packed with; chunks add up one after another, as in separate passes.
+About two minutes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim_kernels import dispatch, grouped_lora, packed_attention
+from fedsim_kernels.cuda.tiles import PIECE, ROWS, Tiles, column_parts, tile_tables
+from fedsim_kernels.segments import Segments
+from fedsim_kernels.spec import CASES, Case, KernelSpec, Tensors, draw, errors
+from tests.conftest import require
+
+# The interpreter computes in numpy, which warns of the NaN that tests are about.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning"
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+OPS = torch.ops.fedsim
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> Iterator[None]:
+    require("triton", importlib.util.find_spec("triton") is not None, "Triton is not installed")
+    with dispatch.use("triton"):
+        yield
+
+
+def cuda(file: str) -> Any:
+    return importlib.import_module(f"fedsim_kernels.cuda.{file}")
+
+
+def named(*names: str) -> list[Case]:
+    found = [c for c in CASES if c.name in names]
+    assert len(found) == len(names)
+    return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN like NaN."""
+    return torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25))
+
+
+# The tolerance rule
+
+LORA = [
+    *named("one-token", "skewed", "slots-in-any-order", "ranks-over-a-tile", "odd-sizes",
+           "three-modules", "tile-edges", "chunks"),
+    Case("ranks-1-16-256", (2, 3, 2), (0, 1, 2), ranks=(1, 16, 256), widths=(7, 5),
+         features=(9, 12)),
+    Case("ranks-17-64-256", (2, 3, 2), (0, 1, 2), ranks=(17, 64, 256), widths=(16, 32),
+         features=(16, 48)),
+    Case("several-columns", (70, 3), (0, 2), ranks=(5, 9, 20), widths=(80, 16, 16),
+         features=(144, 112)),
+    Case("pieces", (2 * PIECE + 3, 5), (0, 2), features=(16, 16)),
+    Case("pieces-of-odd-sizes", (PIECE - 1, 2, 9), (0, 0, 1), features=(9, 5), ranks=(3, 2, 1)),
+]  # fmt: skip
+ATTENTION = [
+    *named("one-token", "tile-edges", "chunks-with-prefix", "prefix-chain", "window",
+           "window-of-one", "softcap-window-chain", "one-key-head"),
+    Case("long-window", (90, 71, 5), (0, 0, 1), (-1, 0, -1), heads=(2, 1, 8), window=68),
+    Case("small-scores", (9, 4, 12), (0, 0, 1), softcap=30.0, heads=(3, 3, 5)),
+    Case("heads-of-80", (11, 5, 6), (0, 0, 1), (-1, 0, -1), heads=(2, 1, 80)),
+    Case("heads-of-130", (11, 5, 6), (0, 0, 1), (-1, 0, -1), heads=(1, 1, 130), softcap=2.0),
+]  # fmt: skip
+# bf16 differs from fp16 in conversions only: a few cases.
+BFLOAT16 = ("three-modules", "ranks-17-64-256", "softcap-window-chain", "heads-of-130")
+ALL = [
+    (kernel, case, dtype)
+    for kernel, cases in ((grouped_lora.KERNEL, LORA), (packed_attention.KERNEL, ATTENTION))
+    for case in cases
+    for dtype in FLOATS
+    if dtype != torch.bfloat16 or case.name in BFLOAT16
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "dtype"), ALL, ids=[f"{k.name}-{c.name}-{str(d)[6:]}" for k, c, d in ALL]
+)
+def test_within_the_tolerance_rule(kernel: KernelSpec, case: Case, dtype: torch.dtype) -> None:
+    assert all(max(e) <= 1 for e in errors(kernel, case, dtype))
+
+
+def _with(position: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A launch with one argument changed on the way in."""
+
+    def breaks(right: Callable[..., Any], *arguments: Any) -> Any:
+        given = list(arguments)
+        given[position] = change(given[position])
+        return right(*given)
+
+    return breaks
+
+
+def _table(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], Any]:
+    def changed(tables: list[Tensor]) -> list[Tensor]:
+        work = Tiles(*tables[2:])
+        return [*tables[:2], *work._replace(**{name: change(getattr(work, name).clone())})]
+
+    return changed
+
+
+def _columns(*values: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """A table whose columns hold these values in every row."""
+
+    def change(table: Tensor) -> Tensor:
+        for column, value in values:
+            table[:, column] = value
+        return table
+
+    return change
+
+
+def orphans(tables: list[Tensor]) -> list[Tensor]:
+    return [tables[0], _columns((2, -1))(tables[1].clone()), *tables[2:]]
+
+
+MUTANTS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {
+    "scale": ("grouped_lora", "grouped_lora", "chunks", _with(4, lambda s: s * 1.001)),
+    "scale of gradients": (
+        "grouped_lora", "grouped_lora_backward", "chunks", _with(5, lambda s: s * 1.001)
+    ),
+    "modules in another order": (
+        "grouped_lora", "grouped_lora", "three-modules", _with(6, lambda c: [c[0], c[2], c[1]])
+    ),
+    "rank of another slot": (
+        "grouped_lora", "grouped_lora", "ranks-17-64-256",
+        _with(5, _table("rows", _columns((3, 16)))),
+    ),
+    "tiles of another slot": (
+        "grouped_lora", "grouped_lora_backward", "skewed",
+        _with(9, _table("rows", _columns((0, 0)))),
+    ),
+    "spans without an end": (
+        "grouped_lora", "grouped_lora_backward", "chunks",
+        _with(9, _table("ends", torch.zeros_like)),
+    ),
+    "a piece too few": (
+        "grouped_lora", "grouped_lora_backward", "pieces",
+        _with(9, _table("sums", lambda s: s - torch.tensor([0, 0, 1, 0]))),
+    ),
+    "window": ("packed_attention", "packed_attention", "window", _with(5, lambda w: w + 1)),
+    "no parents": ("packed_attention", "packed_attention", "prefix-chain", _with(3, orphans)),
+    "positions begin again": (
+        "packed_attention", "packed_attention", "long-window",
+        _with(3, _table("sequences", _columns((3, 0)))),
+    ),
+    "no soft-cap": (
+        "packed_attention", "packed_attention", "small-scores", _with(6, lambda _: 0.0)
+    ),
+    "norms of other rows": (
+        "packed_attention", "packed_attention_backward", "window", _with(5, lambda n: n.roll(1, 0))
+    ),
+    "delta of another output": (
+        "packed_attention", "packed_attention_backward", "window", _with(4, lambda o: o * 1.01)
+    ),
+    "no descendants": (
+        "packed_attention", "packed_attention_backward", "prefix-chain",
+        _with(6, _table("descendants", lambda d: torch.full_like(d, 4))),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_launch_is_noticed(
+    mutant: tuple[str, str, str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, name, case_name, breaks = mutant
+    module, kernel = cuda(file), importlib.import_module(f"fedsim_kernels.{file}").KERNEL
+    case = next(c for c in (*LORA, *ATTENTION, *CASES) if c.name == case_name)
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: breaks(right, *arguments))
+    assert max(max(e) for e in errors(kernel, case, torch.float32)) > 1
+
+
+def test_heads_beyond_the_largest_block() -> None:
+    q = draw(3, 1, 257)
+    tables = Segments.build((3,), (0,)).tables(CPU)
+    with pytest.raises(ValueError, match="heads of 257 features; expected at most 256 on CUDA"):
+        OPS.packed_attention(q, q, q, tables, 1.0, 0, 0.0)
+
+
+# Tile tables
+
+LONG = Case("long", (1100, 3, 520, 64), (0, 0, 2, 2), (-1, 0, -1, 2), starts=(0, 1100, 1152, 1672),
+            chunks=(0, 0, 1, 1), total=1800, ranks=(4, 4, 2))  # fmt: skip
+PACKINGS = [*named("one-token", "slots-in-any-order", "tile-edges", "chunks-with-prefix",
+                   "prefix-chain"), LONG]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PACKINGS, ids=lambda c: c.name)
+def test_tiles_hold_every_row_once(case: Case) -> None:
+    segments = case.segments
+    work = Tiles(*tile_tables(segments))
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in work)
+    slot, sequence = torch.full((2, case.rows), -2)
+    position = torch.zeros(case.rows, dtype=torch.int64)
+    for s, a, b, rank in work.rows.tolist():
+        assert 0 < b - a <= ROWS and (slot[a:b] == -2).all()
+        assert rank == (segments.rank(s) if s >= 0 else 0)
+        slot[a:b] = s
+    for i, a, b, at in work.sequences.tolist():
+        assert 0 < b - a <= ROWS and (sequence[a:b] == -2).all()
+        sequence[a:b], position[a:b] = i, torch.arange(at, at + b - a)
+    assert torch.equal(slot, case.slot_of_row())
+    for i, n in enumerate(case.lengths):
+        before = sum(case.lengths[j] for j in segments.chain(i)[:-1])
+        rows = slice(segments.starts[i], segments.starts[i] + n)
+        assert (sequence[rows] == i).all()
+        assert torch.equal(position[rows], torch.arange(before, before + n))
+        seen_by = work.descendants[work.begins[i] : work.begins[i + 1]].tolist()
+        everyone = range(len(case.lengths))
+        assert seen_by == [j for j in everyone if i in segments.chain(j)]
+    assert ((sequence < 0) == (slot < 0)).all()
+
+
+@pytest.mark.parametrize("case", PACKINGS, ids=lambda c: c.name)
+def test_pieces_follow_the_spans(case: Case) -> None:
+    """Cut every 512 rows of a span, in order; partial sums end where spans do."""
+    segments = case.segments
+    work = Tiles(*tile_tables(segments))
+    pieces = work.pieces.tolist()
+    wanted = [
+        (s, a, min(a + PIECE, end))
+        for s, start, end in segments.spans
+        for a in range(start, end, PIECE)
+    ]
+    assert [tuple(p[:3]) for p in pieces] == wanted
+    ends = {end for _, _, end in segments.spans}
+    partial = [p for p in pieces if p[4] >= 0]
+    assert [p[4] for p in partial] == list(range(len(work.ends)))
+    assert work.ends.tolist() == [int(p[2] in ends) for p in partial]
+    summed = {s: (first, end) for s, first, end, _ in work.sums.tolist()}
+    for s in {p[0] for p in pieces}:
+        mine = [p[4] for p in pieces if p[0] == s]
+        if len(mine) == 1:
+            assert mine == [-1] and s not in summed
+        else:
+            assert mine == list(range(*summed[s]))
+
+
+def test_parts_of_modules() -> None:
+    assert column_parts((10, 0), (70, 5), 64, CPU).tolist() == [
+        [0, 10, 0, 64], [0, 74, 64, 6], [1, 0, 70, 5]
+    ]  # fmt: skip
+    assert column_parts((10, 0), (70, 5), 0, CPU).tolist() == [[0, 10, 0, 70], [1, 0, 70, 5]]
+
+
+# Grouped LoRA: what a slot gets
+
+
+def run_lora(case: Case, inputs: Tensors) -> Tensors:
+    return grouped_lora.KERNEL.run(case, inputs)
+
+
+STRICT = Case("strict", (70, 9, 66, 8), (0, 0, 1, 2), chunks=(0, 0, 1, 2), starts=(0, 70, 128, 256),
+              total=320, ranks=(3, 5, 4), features=(16, 24), widths=(16, 8))  # fmt: skip
+
+
+def test_a_sick_slot_stays_alone() -> None:
+    """Everything that slot 1 and the padding bring is NaN; no bit of slots 0 and 2 changes."""
+    inputs = grouped_lora.KERNEL.inputs(STRICT, torch.float32)
+    clean = run_lora(STRICT, inputs)
+    sick = tuple(x.clone() for x in inputs)
+    y, x, a, b, g, scale, grad_a, grad_b, grad_x = sick
+    slot = STRICT.slot_of_row()
+    for rows in (y, x, g, grad_x):
+        rows[(slot == 1) | (slot == -1)] = torch.nan
+    for each in (a, b, scale, grad_a, grad_b):
+        each[1] = torch.nan
+    got = run_lora(STRICT, sick)
+    healthy = (slot == 0) | (slot == 2)
+    for of_rows in (0, 3):
+        assert torch.equal(got[of_rows][healthy], clean[of_rows][healthy])
+    for arena in (1, 2):
+        assert torch.equal(got[arena][[0, 2]], clean[arena][[0, 2]])
+        assert got[arena][1].isnan().all()
+    # Padding is left as it was, and the shrink leaves zeros there.
+    assert torch.equal(clean[0][slot == -1], inputs[0][slot == -1])
+    h = OPS.grouped_lora(y, x, a, b, scale, STRICT.segments.tables(CPU), [0, 16], [16, 8])
+    assert (h[slot == -1] == 0).all()
+
+
+def test_a_slot_does_not_feel_another_ones_data() -> None:
+    inputs = grouped_lora.KERNEL.inputs(STRICT, torch.float16)
+    clean = run_lora(STRICT, inputs)
+    slot = STRICT.slot_of_row()
+    other = [x.clone() for x in inputs]
+    for i in (0, 1, 4, 8):
+        other[i][slot != 0] *= -3
+    for i in (2, 3, 5, 6, 7):
+        other[i][1:] *= 5
+    for i, (mine, was) in enumerate(zip(run_lora(STRICT, tuple(other)), clean, strict=True)):
+        kept = slot == 0 if i in (0, 3) else 0
+        assert torch.equal(mine[kept], was[kept]) and not torch.equal(mine, was)
+
+
+def test_ranks_beyond_a_slots_own_stay_untouched() -> None:
+    """Arenas keep what they hold there, and h is zero."""
+    case = replace(STRICT, ranks=(1, 17, 5))
+    inputs = grouped_lora.KERNEL.inputs(case, torch.float32)
+    _, grad_a, grad_b, _ = run_lora(case, inputs)
+    for slot, rank in enumerate(case.ranks):
+        assert torch.equal(
+            grad_a.view(3, 2, 17, 16)[slot, :, rank:], inputs[6].view(3, 2, 17, 16)[slot, :, rank:]
+        )
+        assert torch.equal(grad_b[slot, :, rank:], inputs[7][slot, :, rank:])
+    y, x, a, b, _, scale = (t.clone() for t in inputs[:6])
+    h = OPS.grouped_lora(y, x, a, b, scale, case.segments.tables(CPU), [0, 16], [16, 8])
+    assert (h[case.slot_of_row() == 2].view(-1, 2, 17)[:, :, 5:] == 0).all()
+
+
+def backward(segments: Segments, rows: slice, inputs: Tensors, arenas: list[Tensor]) -> None:
+    """Add the gradients of those rows' chunks to the arenas."""
+    _, x, a, b, g, scale = inputs
+    tables = segments.tables(CPU)
+    y = torch.zeros_like(g[rows])
+    h = OPS.grouped_lora(y, x[rows], a, b, scale, tables, [0], [g.shape[1]])
+    OPS.grouped_lora_backward(
+        g[rows], x[rows], h, a, b, scale, *arenas, None, tables, [0], [g.shape[1]]
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=["float32", "float16"])
+def test_chunks_in_one_pass_are_chunks_in_passes(dtype: torch.dtype) -> None:
+    """A chunk of two pieces, then one of a part of a tile, and another slot between passes."""
+    first, second, other = PIECE + 70, 9, 5
+    lengths, slots = (first, second, other), (1, 1, 0)
+    case = Case("chunks", lengths, slots, chunks=(0, 1, 2), ranks=(2, 3), features=(16, 8))
+    inputs = grouped_lora.KERNEL.inputs(case, dtype)[:6]
+    start = [draw(2, 3, 16, seed=9), draw(2, 8, 3, seed=10)]
+    together, apart = ([t.clone() for t in start] for _ in range(2))
+    backward(case.segments, slice(0, case.rows), inputs, together)
+    begin = 0
+    for n, slot in zip(lengths, slots, strict=True):
+        one = Segments.build((n,), (slot,), ranks=case.ranks)
+        backward(one, slice(begin, begin + n), inputs, apart)
+        begin += n
+    assert all(map(torch.equal, together, apart))
+    assert not any(map(torch.equal, together, start))
+
+
+def test_a_chunk_has_the_same_bits_in_every_packing() -> None:
+    """Alone, and behind another slot's rows at the next tile."""
+    n, lead = 150, 70
+    one = Case("alone", (n,), (1,), ranks=(4, 3), widths=(16, 16), features=(32, 32))
+    inputs = grouped_lora.KERNEL.inputs(one, torch.float16)
+    y, x, a, b, g, scale, grad_a, grad_b, grad_x = inputs
+    two = replace(one, lengths=(lead, n), slots=(0, 1), starts=(0, 128), chunks=(0, 1))
+    front = [draw(128, t.shape[1], dtype=t.dtype, seed=20) for t in (y, x, g, grad_x)]
+    moved = [torch.cat(pair) for pair in zip(front, (y, x, g, grad_x), strict=True)]
+    packed = run_lora(two, (*moved[:2], a, b, moved[2], scale, grad_a, grad_b, moved[3]))
+    alone = run_lora(one, inputs)
+    for of_rows in (0, 3):
+        assert torch.equal(packed[of_rows][128:], alone[of_rows])
+    for arena in (1, 2):
+        assert torch.equal(packed[arena][1], alone[arena][1])
+
+
+def test_factors_may_lie_in_rows_of_a_matrix() -> None:
+    """And y in the columns of a wider tensor."""
+    case = Case("matrix", (20, 11), (0, 2), widths=(16, 8), features=(16, 24))
+    inputs = grouped_lora.KERNEL.inputs(case, torch.float32)
+    wanted = run_lora(case, inputs)
+    y, x, a, b, g, scale, grad_a, grad_b, grad_x = inputs
+    size = a[0].numel()
+
+    def matrix(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        whole = torch.full((3, 400), torch.nan)
+        views = whole[:, 16 : 16 + size], whole[:, 200 : 200 + b[0].numel()]
+        of_a, of_b = views[0].view(a.shape), views[1].view(b.shape)
+        return of_a.copy_(first), of_b.copy_(second)
+
+    factors, arenas = matrix(a, b), matrix(grad_a, grad_b)
+    tables, site = case.segments.tables(CPU), ([0, 16], [16, 8])
+    wide = torch.full((case.rows, 40), torch.nan)
+    out = wide[:, :24].copy_(y)
+    h = OPS.grouped_lora(out, x, *factors, scale, tables, *site)
+    OPS.grouped_lora_backward(g, x, h, *factors, scale, *arenas, grad_x, tables, *site)
+    for got, want in zip((out, *arenas, grad_x), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert wide[:, 24:].isnan().all()
+
+
+# Packed attention: what a sequence gets
+
+PACKED = Case("packed", (70, 9, 20, 8), (0, 0, 1, 2), (-1, 0, -1, -1), chunks=(0, 0, 1, 2),
+              starts=(0, 70, 128, 192), total=256, heads=(2, 1, 8))  # fmt: skip
+
+
+def run_attention(case: Case, inputs: Tensors) -> Tensors:
+    return packed_attention.KERNEL.run(case, inputs)
+
+
+def test_attention_of_a_sick_sequence_stays_there() -> None:
+    """NaN in slot 1 and in the padding: nobody else's bits change, and padding gets zeros."""
+    inputs = packed_attention.KERNEL.inputs(PACKED, torch.float32)
+    clean = run_attention(PACKED, inputs)
+    slot = PACKED.slot_of_row()
+    sick = tuple(x.clone() for x in inputs)
+    for x in sick:
+        x[(slot == 1) | (slot == -1)] = torch.nan
+    for got, was in zip(run_attention(PACKED, sick), clean, strict=True):
+        healthy = (slot == 0) | (slot == 2)
+        assert torch.equal(got[healthy], was[healthy])
+        assert got[slot == 1].isnan().any() and (got[slot == -1] == 0).all()
+    _, lse = OPS.packed_attention(*sick[:3], PACKED.segments.tables(CPU), 0.6, 0, 0.0)
+    assert (lse[slot == -1] == 0).all()
+
+
+def test_a_sequence_has_the_same_bits_in_every_packing() -> None:
+    """A prefix and what follows it: alone, and behind and before other rows."""
+    alone = Case("alone", (70, 9), (0, 0), (-1, 0), heads=(2, 1, 8), window=40)
+    packed = replace(alone, lengths=(3, 70, 9, 5), slots=(2, 0, 0, 1), parents=(-1, -1, 1, -1),
+                     total=90)  # fmt: skip
+    inputs = packed_attention.KERNEL.inputs(packed, torch.float16)
+    mine = run_attention(alone, tuple(x[3:82] for x in inputs))
+    for got, want in zip(run_attention(packed, inputs), mine, strict=True):
+        assert same(got[3:82], want)
