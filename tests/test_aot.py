@@ -4,7 +4,7 @@ Proved here: bench/results/aot.json has every variant of today's kernels, from t
 both architectures; launchers select every listed variant and no other, over grids of sizes, ranks
 and dtypes, with arguments of the compiled types, without asking the device for anything; nothing
 spills or outgrows shared memory, and half-precision products run on tensor cores while fp32 ones
-stay IEEE; compiling a kernel again gives what was recorded. About 15 seconds.
+stay IEEE; compiling a kernel again gives what was recorded. About 20 seconds.
 
 Run as a script, in a process where kernels are not interpreted, this file prints what is listed and
 what launchers select: both differ where another test has chosen the interpreter.
