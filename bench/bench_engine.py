@@ -22,6 +22,7 @@ anything is timed. Figures of single operations are described in bench_ops.py; t
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import subprocess
@@ -98,7 +99,11 @@ def vs_b1(world: World, name: str, clients: int, batch: int, repeats: int) -> Fi
 def peak_growth(world: World, clients: int, batch: int) -> int:
     """Bytes by which the resident set grows, at most, while a step is made ready and run."""
     process, done = psutil.Process(), threading.Event()
+    for site in world.base.sites:
+        site.enter(None)  # a site keeps its last pass, and with it the rows of the last step
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide growth
     before = peak = process.memory_info().rss
 
     def watch() -> None:
@@ -119,7 +124,7 @@ def peak_growth(world: World, clients: int, batch: int) -> int:
 def memory_per_client(world: World, repeats: int) -> Figure:
     """Slope over the slots, in units of fp32 row, gradient and two moments and a bf16 copy."""
     unit, slopes = 18 * world.base.layout.size, []
-    peak_growth(world, 8, 3)  # what the allocator keeps, it has from here on
+    peak_growth(world, 8, 3)  # what a first step leaves behind, libraries' buffers above all
     for _ in range(repeats):
         few, many = peak_growth(world, 8, 3), peak_growth(world, 24, 1)
         slopes.append((many - few) / 16 / unit)

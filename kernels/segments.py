@@ -53,8 +53,8 @@ class Segments:
         ranks: Sequence[int] = (),
         rows: int | None = None,
     ) -> Segments:
-        """Check and freeze. Without `starts`, sequences lie end to end; without `chunks`, a slot
-        is one chunk. Raises ValueError naming the sequence that is at fault."""
+        """Check and freeze; by default sequences lie end to end and a slot is one chunk. Raises
+        ValueError naming the sequence that is at fault."""
         if any(int(n) != n for n in lengths):
             raise ValueError(f"segments: got lengths {list(lengths)}; expected whole numbers.")
         lengths = tuple(int(n) for n in lengths)
@@ -66,24 +66,22 @@ class Segments:
                 "parents; expected equal counts. Give one of each per sequence."
             )
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        begin = tuple(int(s) for s in starts) if starts is not None else (0, *ends)[:len(ends)]
+        begin = tuple(int(s) for s in starts) if starts is not None else (0, *ends)[: len(ends)]
         group = tuple(int(c) for c in chunks) if chunks is not None else slots
         seen: set[int] = set()
-        done: set[tuple[int, int]] = set()
+        done: set[tuple[int, int]] = set()  # (slot, chunk)
         free = 0
         for i, (n, s, p) in enumerate(zip(lengths, slots, parents, strict=True)):
             if n < 1:
                 raise ValueError(f"sequence {i}: got length {n}; expected >= 1. Leave it out.")
             if s < 0 or p < -1:
-                raise ValueError(
-                    f"sequence {i}: got slot {s}, parent {p}; expected slot >= 0, parent >= -1."
-                )
+                raise ValueError(f"sequence {i}: got slot {s}, parent {p}; expected >= 0, >= -1.")
             if s in seen and slots[i - 1] != s:
                 raise ValueError(
                     f"sequence {i}: slot {s} appears in two places; expected the sequences of a "
                     "slot to be adjacent. Sort by slot before packing."
                 )
-            new_chunk = i == 0 or group[i] != group[i - 1] or slots[i - 1] != s
+            new_chunk = i == 0 or (group[i], s) != (group[i - 1], slots[i - 1])
             if new_chunk and (s, group[i]) in done:
                 raise ValueError(f"sequence {i}: chunk {group[i]} appears in two places.")
             if p >= 0 and (p >= i or slots[p] != s or group[p] != group[i]):

@@ -1,7 +1,7 @@
-"""Tiny random models of five architectures and a byte-level tokenizer, made on the spot.
+"""Tiny random models of six architectures and a byte-level tokenizer, made on the spot.
 
 Nothing is downloaded. The models are small enough for a training step in milliseconds, and each
-keeps what makes its architecture different: grouped queries, query norms, sliding windows,
+keeps what makes its architecture different: grouped queries, biases, query norms, sliding windows,
 soft-caps, fused projections.
 """
 
@@ -12,7 +12,8 @@ import os
 # Triton reads this when it is first imported, which torch does: its kernels run on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from fedsim.config import Config, build
 from fedsim.data.embedded import finance
+from fedsim_kernels import dispatch, native
 
-ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "phi3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
 VOCABULARY = 384
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -44,6 +47,8 @@ _SHARED: dict[str, Any] = {
 def _config(architecture: str) -> Any:
     if architecture == "llama":
         return LlamaConfig(**_SHARED, tie_word_embeddings=True)
+    if architecture == "qwen2":
+        return Qwen2Config(**_SHARED)
     if architecture == "qwen3":
         return Qwen3Config(**_SHARED, head_dim=16)
     if architecture == "mistral":
@@ -93,12 +98,32 @@ def tiny(
             for p in model.parameters():
                 if p.ndim > 1:  # the default 0.02 leaves attention almost uniform
                     torch.nn.init.normal_(p, std=0.2)
+            for p in model.parameters():
+                if p.ndim == 1:  # a norm of weight 1 or a bias of 0 would not be missed
+                    p.data += torch.randn_like(p) * 0.1
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[architecture] = folder
         return made[architecture]
 
     return make
+
+
+@pytest.fixture
+def lab(settings: Callable[..., Config]) -> Callable[..., Any]:
+    """(architecture, **changes) -> a `tests.lab.Lab`."""
+    from tests.lab import open_lab
+
+    return partial(open_lab, settings)
+
+
+@pytest.fixture(params=["native", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs twice: with the C++ kernels, and in PyTorch."""
+    if request.param == "native":
+        require("native", native.available(), "the C++ kernels were not built, or are switched off")
+    with dispatch.use(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
