@@ -212,18 +212,18 @@ class _Lane:
             out.append((slot, client))
         return out
 
-    def _order(self, slot: int) -> tuple[bool, bool, int, int]:
-        """Whose step comes first: the one begun, so that it is split once; then one that would
-        otherwise be the last to end; then the first of the lane, so that its slot is free soon.
-        When nobody waits for a slot, those with most steps to go, so that all end together."""
-        resident = self.residents[slot]
-        left, begun = self.left[resident.client], resident.unit > 0
+    def _order(self, slot: int) -> tuple[int, int]:
+        """Whose step comes first: of a client that would otherwise be the last to end; then of the
+        first of the lane, so that its slot is free soon. When nobody waits for a slot, of those
+        with most steps to go, so that all end together."""
+        client = self.residents[slot].client
+        left = self.left[client]
         if not self._queue:
-            return not begun, False, -left, resident.client
+            return -left, client
         # Passes to go, by the mean step, of this client alone and of the whole lane, x budget.
         alone = left * max(self.budget * self._begun, self._rows)
         whole = (sum(self.left) * self._rows) - self.budget * self._begun
-        return not begun, alone < whole, 0, resident.client
+        return int(alone < whole), client
 
     def fill(self) -> list[Part]:
         """Whole steps while they fit; then a part of one, where it is worth a split."""
