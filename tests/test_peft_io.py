@@ -60,8 +60,9 @@ def test_stock_peft_computes_what_we_do(
     lengths = [9, 4]
     ids = torch.randint(0, 384, (sum(lengths),), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    work = Pass(Segments.build(lengths, [0, 0]), base.layout.factors(row[None]), None,
-                (config.adapter.alpha / config.adapter.rank,), base.anchor)  # fmt: skip
+    scale = torch.tensor([config.adapter.scale()])
+    segments = Segments.build(lengths, [0, 0])
+    work = Pass(segments, base.layout.site_views(row[None]), None, scale, base.anchor)
     with torch.no_grad():
         ours = base.logits(base.hidden(ids, positions, work))
         stock = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).eval()
