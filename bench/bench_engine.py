@@ -8,7 +8,7 @@ anything is timed. Figures of single operations are described in bench_ops.py; t
     vs_b1_small, vs_b1_large  a round of 16 clients with <= 256 tokens a step, of 3 with >= 2,000,
                               packed, against one client per pass (whole steps in one pass, too)
     base_share  seconds in products with frozen weights, head included, over those of a whole
-                profiled step (16 clients, packing to AdamW)
+                profiled step (8 clients in one pass, packing to AdamW)
     base_rate   FLOP/s of these products over that of one F.linear, 2048 x 576 -> 3072
     multi_lora_over_frozen  forward + backward of 16 clients in one pass over the same without
                 adapters but for rank 1 on the first linear of the first layer, so that dX flows
@@ -102,8 +102,8 @@ def peak_growth(world: World, clients: int, batch: int) -> int:
     for site in world.base.sites:
         site.enter(None)  # a site keeps its last pass, and with it the rows of the last step
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide growth
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # freed memory that glibc keeps would hide growth
     before = peak = process.memory_info().rss
 
     def watch() -> None:

@@ -95,7 +95,7 @@ class Step:
 
 def base_products(world: World, repeats: int) -> dict[str, Figure]:
     """base_share and base_rate, from the same profiled steps."""
-    step, base = Step(world, 16, 2), world.base
+    step, base = Step(world, 8, 4, budget_tokens=4096), world.base
     weights = {tuple(w.shape) for w in (base.head, *(site.weight for site in base.sites))}
     weights |= {shape[::-1] for shape in weights}
     x, w = (torch.randn(n, PLAIN[1]).to(base.dtype) for n in (PLAIN[0], PLAIN[2]))

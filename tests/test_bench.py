@@ -204,7 +204,7 @@ def test_base_products_are_those_with_frozen_weights(world: World) -> None:
     q, k, v have no dX. The last MLP and the head see label rows only, the head in one product
     forward and one back."""
     found = steps.base_products(world, 1)
-    step = steps.Step(world, 16, 2)
+    step = steps.Step(world, 8, 4)
     per_layer = {name: site.weight.numel() for site in world.base.sites
                  for name in (site.members[0].name.partition("layers.")[2],)}  # fmt: skip
     labels = int(step.labels.sum())
