@@ -51,7 +51,7 @@ def export(
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
         "bias": "none", "target_modules": modules, "inference_mode": True,
-        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "fan_in_fan_out": False, "use_rslora": adapter.rslora, "use_dora": False,
         "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")

@@ -42,15 +42,17 @@ def random_row(layout: AdapterLayout, seed: int = 1) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("architecture", "targets"),
-    [("llama", ["all-linear"]), ("phi3", ["all-linear"]), ("llama", [])],
-)
+    ("architecture", "targets", "rslora"),
+    [("llama", ["all-linear"], False), ("phi3", ["all-linear"], False), ("llama", [], False),
+     ("llama", ["all-linear"], True)],
+)  # fmt: skip
 def test_stock_peft_computes_what_we_do(
-    settings: Callable[..., Config], tmp_path: Path, architecture: str, targets: list[str]
-) -> None:
+    settings: Callable[..., Config], tmp_path: Path, architecture: str, targets: list[str],
+    rslora: bool,
+) -> None:  # fmt: skip
     from peft import PeftModel
 
-    config = settings(architecture, adapter__targets=targets)
+    config = settings(architecture, adapter__targets=targets, adapter__rslora=rslora)
     found = weights.find(config.model.name)
     chosen = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
     base = model.load(found, config, torch.device("cpu"), chosen)
