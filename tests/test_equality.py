@@ -62,8 +62,8 @@ def test_ten_steps_equal_stock_peft(
     for client in clients:
         stock = Stock(one, client)
         for step, (weights, grads) in enumerate(met):
-            assert stock.agrees(weights[client], step, *(g[client] for g in grads))
-        assert len(stock.ill) <= 1
+            want = stock.backward(step, weights[client])[None]
+            assert max(worst(layout, g[client, None], want) for g in grads) <= GRADIENT
         stock.write(one.start)
         for number in range(10):
             stock.backward(number)
@@ -89,7 +89,8 @@ def test_dropout_equals_stock_peft_with_the_same_masks(
     for step in (0, 1):
         _, got = one.gradients((0, 2), step=step)
         for at, client in enumerate((0, 2)):
-            assert Stock(one, client).agrees(one.start, step, got[at])
+            want = Stock(one, client).backward(step)[None]
+            assert worst(one.base.layout, got[at, None], want) <= GRADIENT
 
 
 def test_one_step_of_triton_equals_stock_peft(lab: Callable[..., Lab], tmp_path: Path) -> None:
@@ -106,7 +107,8 @@ def test_one_step_of_triton_equals_stock_peft(lab: Callable[..., Lab], tmp_path:
         rows, ((start, grads),) = watched(one, (0, 1), 1)
     for client in (0, 1):
         stock = Stock(one, client)
-        assert stock.agrees(start[client], 0, grads[client])
+        want = stock.backward(0, start[client])[None]
+        assert worst(one.base.layout, grads[client, None], want) <= GRADIENT
         stock.write(one.start)
         stock.backward(0)
         stock.step()
