@@ -162,11 +162,6 @@ class Config(Section):
                 f"{self.largest_chunk}, or a chunk of train.chunk_tokens "
                 f"({self.train.chunk_tokens}) in whole tiles may not fit a pass"
             )
-        if self.adapter.dora:
-            raise ValueError(
-                "adapter.dora: got true; expected false: magnitudes train, but their PEFT export "
-                "is not written yet, and an adapter without them would be wrong"
-            )
         if self.adapter.ranks and max(self.adapter.ranks) != self.adapter.rank:
             raise ValueError(
                 f"adapter.rank: got {self.adapter.rank}; expected {max(self.adapter.ranks)}, the "
