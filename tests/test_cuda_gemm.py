@@ -95,6 +95,19 @@ def test_within_the_tolerance_rule(kernel: KernelSpec, case: Case, dtype: torch.
     assert all(max(e) <= 1 for e in errors(kernel, case, dtype))
 
 
+def test_scores_far_below_zero() -> None:
+    """About -235: a zero beyond the end of a block or tile that is not masked is exp(235)."""
+
+    def inputs(case: Case, dtype: torch.dtype) -> Tensors:
+        q, k, v, g = packed_attention.KERNEL.inputs(case, dtype)
+        return 7 + 0.1 * q, -7 + 0.1 * k, v, g
+
+    (case,) = named("prefix-chain")
+    assert all(max(e) <= 1 for e in errors(
+        replace(packed_attention.KERNEL, inputs=inputs), case, torch.float32
+    ))  # fmt: skip
+
+
 def _with(position: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
     """A launch with one argument changed on the way in."""
 
@@ -187,6 +200,26 @@ def test_a_broken_launch_is_noticed(
     assert max(max(e) for e in errors(kernel, case, torch.float32)) > 1
 
 
+def test_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the soft-cap: within 2 ulp, on both sides of where the series ends."""
+    import triton
+    import triton.language as tl
+
+    # The interpreter looks names up where the kernel is defined, not in its closure.
+    monkeypatch.setitem(globals(), "tanh", cuda("attention_scores").tanh)
+
+    @triton.jit
+    def kernel(x, y, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(y + at, tanh(tl.load(x + at)))  # noqa: F821
+
+    x = torch.cat([torch.linspace(-0.4, 0.4, 1022), torch.tensor([-90.0, 90.0])])
+    y = torch.empty_like(x)
+    kernel[(1,)](x, y, BLOCK=1024)
+    exact = x.double().tanh()
+    assert ((y - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact.abs()).all()
+
+
 def test_heads_beyond_the_largest_block() -> None:
     q = draw(3, 1, 257)
     tables = Segments.build((3,), (0,)).tables(CPU)
@@ -244,18 +277,20 @@ def test_a_slot_does_not_feel_another_ones_data() -> None:
 
 
 def test_ranks_beyond_a_slots_own_stay_untouched() -> None:
-    """Arenas keep what they hold there, and h is zero."""
+    """Arenas keep what they hold there, and h is zero, be the slot sick or not."""
     case = replace(STRICT, ranks=(1, 17, 5))
-    inputs = grouped_lora.KERNEL.inputs(case, torch.float32)
-    _, grad_a, grad_b, _ = run_lora(case, inputs)
+    inputs = tuple(x.clone() for x in grouped_lora.KERNEL.inputs(case, torch.float32))
+    sick = case.slot_of_row() == 2
+    for rows in (inputs[1], inputs[4]):
+        rows[sick] = torch.inf
+    _, *arenas, _ = run_lora(case, inputs)
     for slot, rank in enumerate(case.ranks):
-        assert torch.equal(
-            grad_a.view(3, 2, 17, 16)[slot, :, rank:], inputs[6].view(3, 2, 17, 16)[slot, :, rank:]
-        )
-        assert torch.equal(grad_b[slot, :, rank:], inputs[7][slot, :, rank:])
-    y, x, a, b, _, scale = (t.clone() for t in inputs[:6])
+        for new, old, shape in zip(arenas, inputs[6:8], ((2, 17, 16), (24, 17)), strict=True):
+            beyond = (slice(None), slice(rank, None))
+            assert torch.equal(new[slot].view(shape)[beyond], old[slot].view(shape)[beyond])
+    y, x, a, b, _, scale = inputs[:6]
     h = OPS.grouped_lora(y, x, a, b, scale, case.segments.tables(CPU), [0, 16], [16, 8])
-    assert (h[case.slot_of_row() == 2].view(-1, 2, 17)[:, :, 5:] == 0).all()
+    assert (h[sick].view(-1, 2, 17)[:, :, 5:] == 0).all()
 
 
 def backward(segments: Segments, rows: slice, inputs: Tensors, arenas: list[Tensor]) -> None:
@@ -286,6 +321,12 @@ def test_chunks_in_one_pass_are_chunks_in_passes(dtype: torch.dtype) -> None:
         begin += n
     assert all(map(torch.equal, together, apart))
     assert not any(map(torch.equal, together, start))
+    # A chunk is summed by itself and added once, whatever was there before.
+    alone, added = [torch.zeros_like(t) for t in start], [t.clone() for t in start]
+    for arenas in (alone, added):
+        one = Segments.build((first,), (1,), ranks=case.ranks)
+        backward(one, slice(0, first), inputs, arenas)
+    assert all(torch.equal(s + a, n) for s, a, n in zip(start, alone, added, strict=True))
 
 
 def test_a_chunk_has_the_same_bits_in_every_packing() -> None:

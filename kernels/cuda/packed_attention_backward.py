@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedsim_kernels.cuda.attention_scores import (
+    BEYOND,
     LOG2E,
     SHAPE,
     attention_variant,
@@ -102,6 +103,8 @@ def attention_keys(
     inside = n < end - first
     keys = block(k + head * k_head, first, n, inside, d, k_row, D)
     values = block(v + head * v_head, first, n, inside, d, v_row, D)
+    # Rows beyond the tile are later than every query: their zeros are no scores.
+    key = tl.where(inside, n, BEYOND)
     acc_k = tl.zeros((BN, BD), tl.float32)
     acc_v = tl.zeros((BN, BD), tl.float32)
     begin, stop = 0, 0
@@ -126,7 +129,7 @@ def attention_keys(
             s, slope = capped(s, scale, softcap, CAPPED)
             last = tl.where(there, m + (before + r - position), -1)
             first_seen = m + (before + r - position - window)
-            seen = (n[:, None] <= last[None, :]) & (n[:, None] > first_seen[None, :])
+            seen = (key[:, None] <= last[None, :]) & (key[:, None] > first_seen[None, :])
             p = tl.exp2(tl.where(seen, s, float("-inf")) - logs[None, :])
             acc_v = product(p.to(grad.dtype), grad, acc_v, UPCAST)
             dp = product(values, tl.trans(grad), none, UPCAST)
