@@ -1,9 +1,10 @@
 """What is exported is what was trained: stock `peft` loads it and gives the packed logits.
 
-For separate and for fused projections, with all linears and with PEFT's default targets, an
-adapter with random factors goes through `export`, `PeftModel.from_pretrained` and `load`: same keys
-as PEFT's own, logits to rounding, row to the bit. Adapters that do not fit are errors that name the
-tensor, and an export that is cut short leaves nothing that looks like one. About 6 s.
+LoRA, rsLoRA and DoRA, for separate and for fused projections, with all linears, some, and PEFT's
+default targets: an adapter with random factors goes through `export`, `PeftModel.from_pretrained`,
+its `save_pretrained` and `load`: PEFT's own names, logits to rounding, tensors and row to the bit.
+Adapters that do not fit are errors that name the tensor, and an export that is cut short leaves
+nothing that looks like one. About 10 s.
 """
 
 from __future__ import annotations
@@ -42,22 +43,36 @@ def random_row(layout: AdapterLayout, seed: int = 1) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("architecture", "targets", "rslora"),
-    [("llama", ["all-linear"], False), ("phi3", ["all-linear"], False), ("llama", [], False),
-     ("llama", ["all-linear"], True)],
+    ("architecture", "targets", "adapter"),
+    [
+        ("llama", ["all-linear"], {}), ("phi3", ["all-linear"], {}), ("llama", [], {}),
+        ("llama", ["all-linear"], {"rslora": True}), ("llama", ["all-linear"], {"dora": True}),
+        ("qwen2", ["v_proj", "q_proj"], {"dora": True, "rslora": True, "dropout": 0.3}),
+        ("phi3", ["all-linear"], {"dora": True, "ranks": (2, 4)}),
+        ("gemma2", ["down_proj", "model.layers.1.self_attn.k_proj"], {"ranks": (1, 4, 4)}),
+    ],
 )  # fmt: skip
 def test_stock_peft_computes_what_we_do(
     settings: Callable[..., Config], tmp_path: Path, architecture: str, targets: list[str],
-    rslora: bool,
+    adapter: dict[str, Any],
 ) -> None:  # fmt: skip
+    """Its logits, on the modules that were trained, with the names that it writes itself."""
     from peft import PeftModel
 
-    config = settings(architecture, adapter__targets=targets, adapter__rslora=rslora)
+    changes = {f"adapter__{key}": value for key, value in adapter.items()}
+    config = settings(architecture, adapter__targets=targets, **changes)
     found = weights.find(config.model.name)
     chosen = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
     base = model.load(found, config, torch.device("cpu"), chosen)
     row = random_row(base.layout)
+    for piece in base.layout.pieces:
+        if piece.kind == "mag":  # of the weights' own length, give or take a half
+            base.layout.view(row[None], piece).add_(1)
+            base.layout.view(row[None], piece).mul_(
+                base.layout.view(base.magnitudes(row.clone())[None], piece)
+            )
     peft_io.export(tmp_path / "adapter", row, base.layout, config.adapter, found.name)
+    assert torch.equal(peft_io.load(tmp_path / "adapter", base.layout), row)
 
     lengths = [9, 4]
     ids = torch.randint(0, 384, (sum(lengths),), generator=torch.Generator().manual_seed(2))
@@ -73,8 +88,13 @@ def test_stock_peft_computes_what_we_do(
         theirs = torch.cat([loaded(part[None]).logits[0] for part in ids.split(lengths)])
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (plain - theirs).abs().max() > 1e-2 * theirs.abs().max()
-    names = {n.replace(".default", "") for n, _ in loaded.named_parameters() if "lora_" in n}
-    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == names
+    with_adapter = {n for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert with_adapter == set(base.layout.modules)
+    loaded.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("adapter", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert torch.equal(peft_io.load(tmp_path / "theirs", base.layout), row)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == found.name
 
@@ -102,6 +122,21 @@ def test_a_smaller_rank_fills_the_first_rows(tmp_path: Path) -> None:
     for module, (a, b) in small.factors(row[None]).items():
         assert torch.equal(got[module][0][:, :2], a) and not got[module][0][:, 2:].any()
         assert torch.equal(got[module][1][..., :2], b) and not got[module][1][..., 2:].any()
+
+
+def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
+    """Magnitudes for LoRA, or another module: leaving them out would compute something else."""
+    whole = AdapterLayout.build({"a.q_proj": (7, 5), "a.v_proj": (7, 3)}, 4, dora=True)
+    peft_io.export(tmp_path / "a", random_row(whole), whole, ADAPTER, "base")
+    with pytest.raises(
+        ModelError, match=r"a\.q_proj\.lora_magnitude_vector: got 2 tensors too many"
+    ):
+        peft_io.load(tmp_path / "a", LAYOUT)
+    peft_io.export(tmp_path / "b", random_row(LAYOUT), LAYOUT, ADAPTER, "base")
+    with pytest.raises(ModelError, match=r"v_proj\.lora_A.*too many.*Set adapter\.targets"):
+        peft_io.load(tmp_path / "b", AdapterLayout.build({"a.q_proj": (7, 5)}, 4))
+    with pytest.raises(ModelError, match=r"q_proj\.lora_A.weight and B and mag.*and \(5,\)"):
+        peft_io.load(tmp_path / "b", whole)
 
 
 NAME = "base_model.model.a.v_proj.lora_{}.weight"
