@@ -13,10 +13,12 @@ from torch import Tensor
 
 from fedsim.checkpoint import write_atomic, write_failed
 from fedsim.config import Adapter
-from fedsim.core import AdapterLayout
+from fedsim.core import AdapterLayout, Piece
 from fedsim.errors import ModelError
 
 _PREFIX = "base_model.model."
+# A piece's tensor in a file. PEFT's parameter has a `.weight` after the last; its files have not.
+_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "mag": "lora_magnitude_vector"}
 
 
 def default_targets(model_type: str) -> tuple[str, ...]:
@@ -39,19 +41,18 @@ def export(
     """Write one row as adapter_config.json + adapter_model.safetensors, whole or not at all.
 
     Args:
-        row: (P,) fp32.
+        row: (P,) fp32, of rank adapter.rank.
         base_model: what `peft` should name as the base.
     """
-    tensors, modules = {}, []
-    for module, (a, b) in layout.factors(row[None].cpu()).items():
-        modules.append(module)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a[0].contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b[0].contiguous()
+    tensors = {}
+    for piece in layout.pieces:
+        values = layout.view(row[None].cpu(), piece)[0].contiguous()
+        tensors[_key(piece)] = values[0] if piece.kind == "mag" else values
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
-        "bias": "none", "target_modules": modules, "inference_mode": True,
-        "fan_in_fan_out": False, "use_rslora": adapter.rslora, "use_dora": False,
+        "bias": "none", "target_modules": list(layout.modules), "inference_mode": True,
+        "fan_in_fan_out": False, "use_rslora": adapter.rslora, "use_dora": adapter.dora,
         "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     }  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
@@ -70,11 +71,16 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _key(piece: Piece) -> str:
+    return f"{_PREFIX}{piece.module}.{_NAMES[piece.kind]}"
+
+
 def load(folder: Path, layout: AdapterLayout) -> Tensor:
-    """Read a PEFT LoRA adapter into a row (P,) fp32; a lower rank leaves its tail zero.
+    """Read a PEFT LoRA or DoRA adapter into a row (P,) fp32; a lower rank leaves its tail zero.
 
     Raises:
-        ModelError: a file or factor is missing, or a factor has another shape.
+        ModelError: a file or factor is missing, a factor has another shape, or the file holds
+            tensors that have no place in the layout.
     """
     import torch
 
@@ -87,22 +93,26 @@ def load(folder: Path, layout: AdapterLayout) -> Tensor:
             expected="adapter_config.json and adapter_model.safetensors",
         ) from failure
     row = torch.zeros(1, layout.size)
-    for module, views in layout.factors(row).items():
-        names = [f"{_PREFIX}{module}.lora_{kind}.weight" for kind in "AB"]
-        a, b = (tensors.get(name) for name in names)
-        (rank, features_in), features_out = views[0].shape[1:], views[1].shape[1]
-        r = a.shape[0] if a is not None else 0
-        fits = (
-            a is not None and b is not None and r <= rank
-            and a.shape == (r, features_in) and b.shape == (features_out, r)
-        )  # fmt: skip
-        if a is None or b is None or not fits:
-            got = [None if t is None else tuple(t.shape) for t in (a, b)]
+    for module in layout.modules:
+        pieces = [layout.piece(module, kind) for kind in _NAMES if layout.has(module, kind)]
+        given = [tensors.pop(_key(piece)) for piece in pieces if _key(piece) in tensors]
+        got = [tuple(t.shape) for t in given]
+        r = min(layout.rank, got[0][0]) if got and got[0] else 0
+        a, b, *lengths = (layout.view(row, piece)[0] for piece in pieces)
+        views = [a[:r], b[:, :r], *(m[0] for m in lengths)]
+        if r == 0 or got != [tuple(v.shape) for v in views]:
+            whole = [p.shape[p.kind == "mag" :] for p in pieces]
             raise ModelError(
-                f"{folder}: {names[0]} and B", got=got,
-                expected=f"({rank}, {features_in}) and ({features_out}, {rank}), or a lower rank",
+                f"{folder}: {' and '.join([_key(pieces[0]), *(p.kind for p in pieces[1:])])}",
+                got=got, expected=f"{' and '.join(map(str, whole))}, or a lower rank",
                 remedy=f"The adapter has r = {config.get('r')}, other targets or another base.",
             )  # fmt: skip
-        views[0][0, :r].copy_(a)
-        views[1][0, :, :r].copy_(b)
+        for view, values in zip(views, given, strict=True):
+            view.copy_(values)
+    if tensors:
+        raise ModelError(
+            f"{folder}: tensors such as {min(tensors)}", got=len(tensors),
+            expected="none but those of adapter.targets, with magnitudes only under adapter.dora",
+            remedy="Set adapter.targets and adapter.dora as they were when it was made.",
+        )  # fmt: skip
     return row[0]

@@ -11,7 +11,7 @@ from fedsim.adapters import initial_row
 from fedsim.checkpoint import Checkpoint
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, ServerState
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import RunError
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -29,11 +29,6 @@ def run(
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
     """
     meter = meter or Meter()
-    if config.adapter.dora:
-        raise ConfigError(
-            "adapter.dora", got=True, expected="false",
-            remedy="The PEFT export of magnitudes is not written yet; without them it is wrong.",
-        )  # fmt: skip
     folder = open_folder(config, resume=resume, fresh=fresh)
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsim import simulate
+from fedsim import checkpoint, peft_io, simulate
 from fedsim.adapters import AdapterBank, initial_row
 from fedsim.config import Config
 from fedsim.core import AdapterLayout
 from fedsim.dora import weight_norms
-from fedsim.errors import ConfigError
 from fedsim.lora import Pass
 from fedsim_kernels.segments import Segments
 from tests.lab import CLIENTS, DELTA, GRADIENT, KEY, Lab, distance, examples, open_base, worst
@@ -184,6 +185,22 @@ def test_magnitudes_are_sent_at_every_rank() -> None:
     assert LAYOUT.numel() == 96 and LAYOUT.numel(1) == 30
 
 
-def test_a_run_is_refused_until_its_export_is_whole(settings: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match="PEFT export of magnitudes"):
-        simulate.run(settings(adapter__dora=True))
+def test_a_run_starts_from_the_norms(settings: Callable[..., Config]) -> None:
+    """Steps of 1e-9 change nothing to speak of: the server still has ||W||, at every rank, and
+    exports it."""
+    rate: dict[str, Any] = {"train__lr_max": 1e-9, "train__lr_min": 1e-9}
+    config = settings(
+        server__rounds=1, adapter__dora=True, adapter__ranks=[2, 4], train__steps=1, **rate
+    )
+    folder: Path = simulate.run(config)
+    saved = checkpoint.load_checkpoint(folder / "checkpoint")
+    assert saved is not None
+    base = open_base(config)
+    want = base.magnitudes(initial_row(base.layout, KEY))
+    assert torch.equal(
+        peft_io.load(folder / "adapters" / "round_00001", base.layout), saved.server.row
+    )
+    for piece in base.layout.pieces:
+        got, norms = (base.layout.view(r[None], piece) for r in (saved.server.row, want))
+        if piece.kind == "mag":
+            torch.testing.assert_close(got, norms, rtol=1e-6, atol=0)
