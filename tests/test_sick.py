@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsim.adapters import AdapterBank
 from fedsim.core import ClientUpdates
 from fedsim.errors import RunError
+from fedsim.model import Base
 from fedsim.reduce import Reduce
 from fedsim_kernels import dispatch, native
 from tests.conftest import ARCHITECTURES
@@ -81,6 +82,24 @@ def test_a_client_that_was_sick_once_stays_out(
     assert ok.tolist() == [True, False, True, True]
     assert torch.equal(rows[1], one.start)
     assert torch.equal(rows[[0, 2, 3]], healthy[[0, 2, 3]])
+
+
+def test_a_loss_that_is_not_finite_fails_its_client(
+    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients may be finite all the same."""
+    one = lab()
+    healthy, _ = one.train(range(CLIENTS), (2,) * CLIENTS)
+    loss = Base.loss
+
+    def infinite(self: Base, *given: Any) -> Tensor:
+        return loss(self, *given) + torch.tensor([0, torch.inf, 0, 0])
+
+    monkeypatch.setattr(Base, "loss", infinite)
+    rows, ok = one.train(range(CLIENTS), (2,) * CLIENTS)
+    assert ok.tolist() == [True, False, True, True]
+    assert torch.equal(rows[[0, 2, 3]], healthy[[0, 2, 3]])
+    assert torch.equal(rows[1], one.start)
 
 
 def test_a_step_that_could_overflow_is_not_taken(

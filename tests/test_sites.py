@@ -75,6 +75,9 @@ def test_a_member_computes_what_its_linear_did(order: Sequence[int], biased: Seq
         for i in order:
             torch.testing.assert_close(members[i](x), want[i](x))
     assert ("given" in site.__dict__) == (len(order) < 3)
+    one, other = torch.randn(2, 1, 6, 8).unbind()
+    members[0](one)
+    torch.testing.assert_close(members[2](other), want[2](other))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
