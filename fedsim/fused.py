@@ -243,5 +243,7 @@ def shorten_last_layer(
         out = hidden + x.mlp(x.post_attention_layernorm(hidden))
         return out
 
+    # transformers checkpoints the class's forward, so this one keeps its activations: the backward
+    # begins here, and would only compute again what it has just let go.
     layer.forward = MethodType(forward, layer)
     return undo
