@@ -3,7 +3,7 @@
 Proved here: what runs as one operation, architecture by architecture, and that it gives stock
 transformers' logits; that every such operation is left out where a model computes something else;
 that settings of the attention reach the numbers; refusals of what would be computed wrongly; 4-bit
-bases. About 20 seconds on one thread.
+bases. About 5 seconds on one thread.
 """
 
 from __future__ import annotations

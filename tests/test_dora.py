@@ -4,7 +4,7 @@ Proved here: gradients of A, B and magnitudes at every step, and what ten steps 
 PEFT's, for clients of different scales in one pass, with and without dropout, with biases and with
 linears that have no adapter between those that have one; the norms of the adapted weights against
 float64; magnitudes start at ||W||, where the model is the base; they are whole at every rank, and
-counted in the traffic; strict mode's bits and a sick client's neighbours. About 15 seconds on one
+counted in the traffic; strict mode's bits and a sick client's neighbours. About 18 seconds on one
 thread.
 """
 

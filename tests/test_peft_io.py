@@ -4,7 +4,7 @@ LoRA, rsLoRA and DoRA, for separate and for fused projections, with all linears,
 default targets: an adapter with random factors goes through `export`, `PeftModel.from_pretrained`,
 its `save_pretrained` and `load`: PEFT's own names, logits to rounding, tensors and row to the bit.
 Adapters that do not fit are errors that name the tensor, and an export that is cut short leaves
-nothing that looks like one. About 10 s.
+nothing that looks like one. About 4 s.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Proved here: which linears share a site; that a member computes what its linear did, in any order of
 calls, and keeps nothing; no gradient below the first adapter; label rows give the gradients of all
-rows, a row that is taken twice as well; a site's operation under torch.compile. About 15 seconds on
+rows, a row that is taken twice as well; a site's operation under torch.compile. About 5 seconds on
 one thread.
 """
 
