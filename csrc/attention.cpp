@@ -20,8 +20,6 @@ struct Heads {
     int64_t window;
 };
 
-inline vf vtanh(vf x) { return 1.f - 2.f / (vexp(2.f * x) + 1.f); }
-
 // Rows of T as fp32 [rows][wide], times `by`; columns beyond D are zero.
 template <class T>
 void rows_of(float* out, const T* p, int rows, int size, int wide, int64_t row, float by = 1.f) {
@@ -133,131 +131,165 @@ void forward(const T* q, const T* k, const T* v, T* o, float* lse, const Sequenc
     }
 }
 
+// One sequence of one key head in the backward: its keys and values, and room for a block of rows.
+struct Pass {
+    int seen, wide, size, wide_d;
+    float *keys, *values, *kt, *vt;  // [seen][wide_d] and [size][wide]
+    float *p, *ds, *slope;           // [QUERIES][wide], [QUERIES][wide], [wide]
+    float *qs, *gs;                  // [QUERIES][wide_d]
+};
+
+template <class T>
+Pass open(const T* k, const T* v, const Sequence* all, int i, const Heads& h) {
+    Pass a;
+    a.size = int(h.size), a.wide_d = round_up(a.size, W);
+    a.seen = all[i].before + all[i].length, a.wide = round_up(a.seen, W);
+    size_t own = size_t(a.seen) * a.wide_d, across = size_t(a.size) * a.wide;
+    size_t block = size_t(QUERIES) * a.wide, rows = size_t(QUERIES) * a.wide_d;
+    a.keys = scratch<float, 0>(own), a.values = scratch<float, 1>(own);
+    a.kt = scratch<float, 2>(across), a.vt = scratch<float, 7>(across);
+    a.p = scratch<float, 3>(block), a.ds = scratch<float, 8>(block);
+    a.slope = scratch<float, 10>(size_t(a.wide));
+    a.qs = scratch<float, 4>(rows), a.gs = scratch<float, 9>(rows);
+    gather(a.keys, k, all, i, a.size, a.wide_d, h.k_row);
+    gather(a.values, v, all, i, a.size, a.wide_d, h.v_row);
+    transpose(a.kt, a.keys, a.seen, a.size, a.wide_d, a.wide);
+    transpose(a.vt, a.values, a.seen, a.size, a.wide_d, a.wide);
+    return a;
+}
+
+// One row: scores become probabilities p, and dp becomes ds = p (dp - sum p dp) cap'(s).
+void row_backward(const Pass& a, int r, int limit, float softcap) {
+    float *p = a.p + int64_t(r) * a.wide, *ds = a.ds + int64_t(r) * a.wide;
+    if (softcap > 0.f)  // cap' = 1 - (s / c)^2; 0 where unseen
+        for (int c = 0; c < limit; c += W) {
+            vf s = load(p + c), ratio = s / softcap;
+            store(a.slope + c, s > -INFINITY ? 1.f - ratio * ratio : splat(0.f));
+        }
+    float inverse = 1.f / softmax(p, limit, nullptr);
+    vf dot = splat(0.f);
+    for (int c = 0; c < limit; c += W) {
+        vf e = load(p + c) * inverse;
+        store(p + c, e);
+        dot += e * load(ds + c);
+    }
+    float delta = sum(dot);
+    for (int c = 0; c < limit; c += W) {
+        vf d = load(p + c) * (load(ds + c) - delta);
+        store(ds + c, softcap > 0.f ? d * load(a.slope + c) : d);
+    }
+}
+
+// p and ds of `rows` rows from `first` on, and their dq; `gq` is the first row's, `row` apart.
+template <class T>
+void queries_backward(const Pass& a, int rows, int first, int before, T* gq, int64_t row,
+                      const Heads& h) {
+    scores(a.p, a.qs, a.kt, rows, first, before, a.seen, a.wide_d, a.size, h);
+    int at = before + first, end = round_up(std::min(a.seen, at + rows), W);
+    for (int m = 0; m < rows; m += ROWS) {
+        int some = std::min(ROWS, rows - m), limit = std::min(a.seen, at + m + some);
+        float* ds = a.ds + int64_t(m) * a.wide;
+        product<Single>(some, limit, a.size, a.gs + int64_t(m) * a.wide_d, a.wide_d, 1, a.vt,
+                        a.wide,
+                        [&](int r, int c, vf x) { store(ds + int64_t(r) * a.wide + c, x); });
+        int own = round_up(limit, W);
+        for (int r = m; r < m + some; r++) {
+            row_backward(a, r, own, h.softcap);
+            for (int c = own; c < end; c++) a.p[r * a.wide + c] = a.ds[r * a.wide + c] = 0.f;
+        }
+        product<Single>(some, a.size, limit, ds, a.wide, 1, a.keys, a.wide_d,
+                        [&](int r, int c, vf x) {
+                            T* to = gq + (m + r) * row + c;
+                            x *= h.scale;
+                            if (c + W <= a.size) store(to, x);
+                            else store(to, x, a.size - c);
+                        });
+    }
+}
+
+// dk += ds^T q and dv += p^T g of the keys that a block of rows sees, each to its ancestor's place.
+void keys_backward(const Pass& a, const Sequence* all, int i, const std::vector<int>& offset,
+                   int rows, int first, float* sum_k, float* sum_v) {
+    int at = all[i].before + first, end = std::min(a.seen, at + rows);
+    for (int s = i; s >= 0; s = all[s].parent) {
+        int base = all[s].before;
+        for (int j = 0; j < all[s].length && base + j < end; j += ROWS) {
+            int some = std::min({ROWS, all[s].length - j, end - base - j});
+            int from = std::max(0, base + j - at);  // earlier rows do not see it
+            if (from >= rows) break;
+            int64_t here = int64_t(from) * a.wide + base + j, q = int64_t(from) * a.wide_d;
+            int64_t to = int64_t(offset[s] + j) * a.wide_d;
+            auto add = [&](const float* left, const float* right, float* total) {
+                product<Single>(some, a.size, rows - from, left + here, 1, a.wide, right + q,
+                                a.wide_d, [&](int r, int c, vf x) {
+                                    float* t = total + to + int64_t(r) * a.wide_d + c;
+                                    store(t, load(t) + x);
+                                });
+            };
+            add(a.ds, a.qs, sum_k);
+            add(a.p, a.gs, sum_v);
+        }
+    }
+}
+
+// Sequences by their common ancestor, and where each one's rows lie among its family's.
+struct Families {
+    std::vector<std::vector<int>> members;
+    std::vector<int> offset, tokens;
+
+    Families(const Sequence* all, int64_t count) : offset(count) {
+        std::vector<int> of(count);
+        for (int i = 0; i < count; i++) {
+            if (all[i].parent < 0) {
+                of[i] = int(members.size());
+                members.push_back({});
+                tokens.push_back(0);
+            } else {
+                of[i] = of[all[i].parent];
+            }
+            members[of[i]].push_back(i);
+            offset[i] = tokens[of[i]];
+            tokens[of[i]] += all[i].length;
+        }
+    }
+};
+
 // gk and gv rows of a family are summed in fp32 scratch, sequence by sequence, then rounded once.
 template <class T>
 void backward(const T* g, const T* q, const T* k, const T* v, T* gq, T* gk, T* gv,
               const Sequence* all, int64_t count, const Heads h, int threads) {
     int size = int(h.size), wide_d = round_up(size, W), group = int(h.queries / h.keys);
-    std::vector<int> offset(count);
-    std::vector<std::vector<int>> families;
-    std::vector<int> family(count), tokens;
-    for (int i = 0; i < count; i++) {
-        if (all[i].parent < 0) {
-            family[i] = int(families.size());
-            families.push_back({});
-            tokens.push_back(0);
-        } else {
-            family[i] = family[all[i].parent];
-        }
-        families[family[i]].push_back(i);
-        offset[i] = tokens[family[i]];
-        tokens[family[i]] += all[i].length;
-    }
+    int64_t row = h.queries * size;
+    Families families(all, count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t task = 0; task < int64_t(families.size()) * h.keys; task++) {
-        const std::vector<int>& members = families[task / h.keys];
+    for (int64_t task = 0; task < int64_t(families.members.size()) * h.keys; task++) {
+        const std::vector<int>& members = families.members[task / h.keys];
         int64_t head = task % h.keys;
-        int total = tokens[task / h.keys];
-        float* sum_k = scratch<float, 5>(size_t(total) * wide_d);
-        float* sum_v = scratch<float, 6>(size_t(total) * wide_d);
-        std::fill(sum_k, sum_k + size_t(total) * wide_d, 0.f);
-        std::fill(sum_v, sum_v + size_t(total) * wide_d, 0.f);
+        size_t total = size_t(families.tokens[task / h.keys]) * wide_d;
+        float *sum_k = scratch<float, 5>(total), *sum_v = scratch<float, 6>(total);
+        std::fill(sum_k, sum_k + total, 0.f);
+        std::fill(sum_v, sum_v + total, 0.f);
         for (int i : members) {
             const Sequence& seq = all[i];
-            int seen = seq.before + seq.length, wide = round_up(seen, W);
-            float* keys = scratch<float, 0>(size_t(seen) * wide_d);
-            float* values = scratch<float, 1>(size_t(seen) * wide_d);
-            float* kt = scratch<float, 2>(size_t(size) * wide);
-            float* vt = scratch<float, 7>(size_t(size) * wide);
-            float* p = scratch<float, 3>(size_t(QUERIES) * wide);
-            float* ds = scratch<float, 8>(size_t(QUERIES) * wide);
-            float* slope = scratch<float, 10>(size_t(wide));
-            float* qs = scratch<float, 4>(size_t(QUERIES) * wide_d);
-            float* gs = scratch<float, 9>(size_t(QUERIES) * wide_d);
-            gather(keys, k + head * h.k_head, all, i, size, wide_d, h.k_row);
-            gather(values, v + head * h.v_head, all, i, size, wide_d, h.v_row);
-            transpose(kt, keys, seen, size, wide_d, wide);
-            transpose(vt, values, seen, size, wide_d, wide);
-            for (int a = 0; a < group; a++)
+            Pass a = open(k + head * h.k_head, v + head * h.v_head, all, i, h);
+            for (int64_t head_q = head * group; head_q < (head + 1) * group; head_q++)
                 for (int first = 0; first < seq.length; first += QUERIES) {
-                    int64_t head_q = head * group + a, row0 = seq.start + first;
-                    int rows = std::min(QUERIES, seq.length - first), at = seq.before + first;
-                    rows_of(qs, q + row0 * h.q_row + head_q * h.q_head, rows, size, wide_d, h.q_row,
-                            h.scale);
-                    rows_of(gs, g + (row0 * h.queries + head_q) * size, rows, size, wide_d,
-                            h.queries * size);
-                    scores(p, qs, kt, rows, first, seq.before, seen, wide_d, size, h);
-                    int end = std::min(seen, at + rows), wide_end = round_up(end, W);
-                    for (int m = 0; m < rows; m += ROWS) {
-                        int some = std::min(ROWS, rows - m), limit = std::min(seen, at + m + some);
-                        product<Single>(some, limit, size, gs + int64_t(m) * wide_d, wide_d, 1, vt,
-                                        wide, [&](int r, int c, vf x) {
-                                            store(ds + int64_t(m + r) * wide + c, x);
-                                        });
-                        for (int r = m; r < m + some; r++) {
-                            float *pr = p + int64_t(r) * wide, *dr = ds + int64_t(r) * wide;
-                            int own = round_up(limit, W);
-                            if (h.softcap > 0.f)  // cap' = 1 - (s / c)^2; 0 where unseen
-                                for (int c = 0; c < own; c += W) {
-                                    vf s = load(pr + c), ratio = s / h.softcap;
-                                    store(slope + c, s > -INFINITY ? 1.f - ratio * ratio : splat(0.f));
-                                }
-                            float inverse = 1.f / softmax(pr, own, nullptr);
-                            vf dot = splat(0.f);
-                            for (int c = 0; c < own; c += W) {
-                                vf e = load(pr + c) * inverse;
-                                store(pr + c, e);
-                                dot += e * load(dr + c);
-                            }
-                            float delta = sum(dot);
-                            for (int c = 0; c < own; c += W) {
-                                vf d = load(pr + c) * (load(dr + c) - delta);
-                                store(dr + c, h.softcap > 0.f ? d * load(slope + c) : d);
-                            }
-                            for (int c = own; c < wide_end; c++) pr[c] = dr[c] = 0.f;
-                        }
-                        product<Single>(some, size, limit, ds + int64_t(m) * wide, wide, 1, keys,
-                                        wide_d, [&](int r, int c, vf x) {
-                                            T* to = gq + ((row0 + m + r) * h.queries + head_q) * size + c;
-                                            x *= h.scale;
-                                            if (c + W <= size) store(to, x);
-                                            else store(to, x, size - c);
-                                        });
-                    }
-                    // Keys by ancestor: each block of rows goes to its own place in the family.
-                    for (int s = i; s >= 0; s = all[s].parent) {
-                        int base = all[s].before;
-                        for (int j = 0; j < all[s].length && base + j < end; j += ROWS) {
-                            int some = std::min({ROWS, all[s].length - j, end - base - j});
-                            int from = std::max(0, base + j - at);  // earlier rows do not see it
-                            if (from >= rows) break;
-                            float* to_k = sum_k + int64_t(offset[s] + j) * wide_d;
-                            float* to_v = sum_v + int64_t(offset[s] + j) * wide_d;
-                            int64_t here = int64_t(from) * wide + base + j;
-                            product<Single>(some, size, rows - from, ds + here, 1, wide,
-                                            qs + int64_t(from) * wide_d, wide_d,
-                                            [&](int r, int c, vf x) {
-                                                float* t = to_k + int64_t(r) * wide_d + c;
-                                                store(t, load(t) + x);
-                                            });
-                            product<Single>(some, size, rows - from, p + here, 1, wide,
-                                            gs + int64_t(from) * wide_d, wide_d,
-                                            [&](int r, int c, vf x) {
-                                                float* t = to_v + int64_t(r) * wide_d + c;
-                                                store(t, load(t) + x);
-                                            });
-                        }
-                    }
+                    int rows = std::min(QUERIES, seq.length - first);
+                    int64_t row0 = seq.start + first, out = row0 * row + head_q * size;
+                    rows_of(a.qs, q + row0 * h.q_row + head_q * h.q_head, rows, size, wide_d,
+                            h.q_row, h.scale);
+                    rows_of(a.gs, g + out, rows, size, wide_d, row);
+                    queries_backward(a, rows, first, seq.before, gq + out, row, h);
+                    keys_backward(a, all, i, families.offset, rows, first, sum_k, sum_v);
                 }
         }
         for (int i : members)
             for (int r = 0; r < all[i].length; r++) {
                 int64_t to = ((all[i].start + r) * h.keys + head) * size;
-                const float* from_k = sum_k + int64_t(offset[i] + r) * wide_d;
-                const float* from_v = sum_v + int64_t(offset[i] + r) * wide_d;
+                int64_t from = int64_t(families.offset[i] + r) * wide_d;
                 for (int c = 0; c < size; c += W) {
-                    store(gk + to + c, load(from_k + c), std::min(W, size - c));
-                    store(gv + to + c, load(from_v + c), std::min(W, size - c));
+                    store(gk + to + c, load(sum_k + from + c), std::min(W, size - c));
+                    store(gv + to + c, load(sum_v + from + c), std::min(W, size - c));
                 }
             }
     }

@@ -113,18 +113,47 @@ inline void product(int rows, int columns, int units, const typename U::unit* le
     if (n < columns) column<U, 1>(rows, units, left, row, step, right, stride, n, sink);
 }
 
+// One row of units from neighbouring columns of one or two rows of a matrix.
+template <class T>
+inline void unit_row(float* out, const T* a, const T*, int columns) {
+    int n = 0;
+    for (; n + W <= columns; n += W) store(out + n, load(a + n));
+    for (; n < columns; n++) out[n] = to_float(a[n]);
+}
+#ifdef __AVX512BF16__
+inline vu bits(const bf16* p) {
+    return __builtin_convertvector(*reinterpret_cast<const vhu*>(p), vu);
+}
+inline vu bits(const float* p) {  // denormals become 0, as in the product itself
+    return __builtin_convertvector((vh)_mm512_cvtneps_pbh((__m512)load(p)), vu);
+}
+template <class T>
+inline void unit_row(uint32_t* out, const T* a, const T* b, int columns) {
+    int n = 0;
+    for (; n + W <= columns; n += W) {
+        vu pair = bits(a + n);
+        if (b) pair |= bits(b + n) << 16;
+        std::memcpy(out + n, &pair, sizeof pair);
+    }
+    for (; n < columns; n++) put_unit(out + n, to_float(a[n]), b ? to_float(b[n]) : 0.f);
+}
+#endif
+
 // Units [ceil(k / K)][round_up(columns, W)] of a matrix whose element (k, n) is at p[k * kstep + n * nstep].
 template <class U, class T>
 inline void pack_right(typename U::unit* out, const T* p, int k, int columns, int64_t kstep,
-                       int64_t nstep, float factor = 1.f) {
+                       int64_t nstep) {
     int wide = round_up(columns, W);
     for (int i = 0; i < ceil_div(k, U::K); i++) {
         const T* a = p + int64_t(i) * U::K * kstep;
         bool second = U::K == 2 && i * 2 + 1 < k;
         typename U::unit* o = out + int64_t(i) * wide;
-        for (int n = 0; n < columns; n++)
-            put_unit(o + n, to_float(a[n * nstep]) * factor,
-                     second ? to_float(a[n * nstep + kstep]) * factor : 0.f);
+        if (nstep == 1)
+            unit_row(o, a, second ? a + kstep : nullptr, columns);
+        else
+            for (int n = 0; n < columns; n++)
+                put_unit(o + n, to_float(a[n * nstep]),
+                         second ? to_float(a[n * nstep + kstep]) : 0.f);
         for (int n = columns; n < wide; n++) put_unit(o + n, 0.f, 0.f);
     }
 }

@@ -9,21 +9,6 @@ namespace {
 constexpr int64_t SMALL = 16384;  // elements below which waking the other threads costs more
 constexpr int64_t BLOCK = 2048;   // elements of fp32 held between the two loops of the first pass
 
-// tanh x, error below 3 units in the last place: the Cephes polynomial near 0, where
-// 1 - 2 / (e^2x + 1) cancels.
-inline vf vtanh(vf x) {
-    vf a = x < 0.f ? -x : x;
-    vf far = 1.f - 2.f / (vexp(2.f * a) + 1.f);
-    vf z = x * x;
-    vf p = splat(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    vf near = p * z * x + x;
-    return a < 0.625f ? near : (x < 0.f ? -far : far);
-}
-
 struct Head {
     float inverse, softcap;  // 1 / divide, c or 0
 
