@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import ConfigError
+from fedsim_kernels.philox import philox
 
-_MASK = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LIMITS = {
     "client": 1 << 28, "round": 1 << 16, "step": 1 << 16, "sequence": 1 << 16, "module": 1 << 16,
 }  # fmt: skip
@@ -48,30 +46,6 @@ class Purpose(enum.IntEnum):
 def run_key(seed: int) -> int:
     """Spread a user's small seed over 64 bits, so that seeds 0 and 1 share no key bits."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
-
-
-def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
-    """Four random words per counter: Philox-4x32 with ten rounds.
-
-    Args:
-        key: unsigned 64-bit integer.
-        c0, c1, c2, c3: int64 tensors (broadcastable) holding 32-bit values.
-
-    Returns:
-        Four int64 tensors of the broadcast shape, each value in [0, 2^32).
-    """
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(10):
-        # The int64 product wraps modulo 2^64; its two 32-bit halves are right despite the sign.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
 
 
 def check_limits(**values: int) -> None:
@@ -130,37 +104,3 @@ def row_counters(
     """
     where = [position, sequence << 16, round << 16 | step, int(Purpose.DROPOUT) << 28 | client]
     return torch.stack(where, dim=1)
-
-
-def keep_mask(
-    key: int,
-    p: float,
-    features: int,
-    *,
-    client: Tensor,
-    round: int,
-    step: Tensor,
-    sequence: Tensor,
-    position: Tensor,
-    module: int,
-) -> Tensor:
-    """Dropout mask of packed rows: keep an element when its word >= floor(p 2^32).
-
-    Elements are indexed by (position in the sequence, feature), never by packed row, so that a
-    mask does not depend on what else shares the pass.
-
-    Args:
-        p: probability of dropping, in [0, 1).
-        features: number of input features I.
-        client, step, sequence, position: (T,) int64, of each packed row.
-
-    Returns:
-        (T, I) bool.
-    """
-    blocks = (features + 3) // 4
-    c0 = position[:, None] * blocks + torch.arange(blocks, device=position.device)
-    c1 = (sequence << 16 | module)[:, None]
-    c2 = (round << 16 | step)[:, None]
-    c3 = (int(Purpose.DROPOUT) << 28 | client)[:, None]
-    w = torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(len(position), -1)
-    return w[:, :features] >= int(p * 2**32)

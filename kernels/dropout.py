@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fedsim_kernels import native
 from fedsim_kernels.dispatch import define, differentiate
+from fedsim_kernels.philox import philox
 from fedsim_kernels.spec import Case, KernelSpec, Tensors, draw
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_MASK = 0xFFFFFFFF
 
 
 def _check(x: Tensor, counters: Tensor, p: float) -> None:
@@ -42,18 +42,6 @@ def _check(x: Tensor, counters: Tensor, p: float) -> None:
         )
     if not 0 <= p < 1:
         raise ValueError(f"dropout: got p {p}; expected 0 <= p < 1.")
-
-
-def words(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
-    """Philox-4x32-10: int64 tensors of 32-bit counters -> their broadcast shape x 4, int64."""
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(10):
-        # The product wraps modulo 2^64; its two 32-bit halves are right despite the sign.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
-        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
 
 
 def dropout_ref(x: Tensor, counters: Tensor, key: int, module: int, p: float) -> Tensor:
@@ -76,8 +64,9 @@ def dropout_ref(x: Tensor, counters: Tensor, key: int, module: int, p: float) ->
     _check(x, counters, p)
     blocks = (x.shape[1] + 3) // 4
     position, c1, c2, c3 = (c[:, None] for c in counters.unbind(1))
-    c0 = (position * blocks + torch.arange(blocks, device=x.device)) & _MASK
-    word = words(key, c0, c1 | module, c2, c3).reshape(len(x), -1)[:, : x.shape[1]]
+    c0 = (position * blocks + torch.arange(blocks, device=x.device)) & 0xFFFFFFFF
+    words = torch.stack(philox(key, c0, c1 | module, c2, c3), -1)
+    word = words.reshape(len(x), -1)[:, : x.shape[1]]
     return torch.where((word >= int(p * 2**32)) & (position >= 0), x / (1 - p), 0)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from fedsim import seeds
 from fedsim.adapters import AdapterBank
 from tests.lab import CLIENTS, KEY, LR, SCALE, Lab
+from tests.masks import keep_mask
 
 _KINDS = {"A": "lora_A", "B": "lora_B", "mag": "lora_magnitude_vector"}
 
@@ -26,7 +27,7 @@ class _Counted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, features = x.shape
-        keep = seeds.keep_mask(
+        keep = keep_mask(
             KEY, self.p, features, client=torch.full((rows * length,), self.client), round=1,
             step=torch.full((rows * length,), self.step),
             sequence=torch.arange(rows).repeat_interleave(length),

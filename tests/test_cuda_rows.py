@@ -2,7 +2,7 @@
 
 Proved here: norm, rotary, SwiGLU, dropout, token loss, AdamW and the weighted sum of rows keep the
 one tolerance rule in fp32, bf16 and fp16, also beyond one block; a broken kernel does not keep it;
-dropout equals `seeds.keep_mask` bit for bit; a sick, resting or weightless row changes no other row
+dropout equals `masks.keep_mask` bit for bit; a sick, resting or weightless row changes no other row
 and keeps every bit of its own; AdamW judges overflow as the reference does; a norm of thousands
 of blocks is the same whatever lies beside it. About 60 seconds.
 """
@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.seeds import keep_mask
 from fedsim_kernels import adamw as adamw_op
 from fedsim_kernels import dispatch
 from fedsim_kernels.reduce import weighted_rows_ref
 from fedsim_kernels.spec import Case, KernelSpec, Tensors, draw, errors
 from tests.conftest import require
+from tests.masks import keep_mask
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Rows know nothing of their packing: those cases that differ in sizes, and one with padding.

@@ -1,6 +1,6 @@
 """Dropout: the mask of the run's own generator, bit for bit, in every implementation.
 
-Proved in PyTorch and in C++: the mask is seeds.keep_mask, for any key, module and position; kept
+Proved in PyTorch and in C++: the mask is masks.keep_mask, for any key, module and position; kept
 elements are rounded as torch rounds x / (1 - p); dropped elements are 0 whatever they hold. About 3
 seconds on one thread.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedsim import seeds
 from fedsim_kernels.spec import draw
 from tests.implementations import DTYPES, IMPLEMENTATIONS, using
+from tests.masks import keep_mask
 
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -47,7 +48,7 @@ def test_mask_is_that_of_seeds(
         "sequence": torch.tensor([0, 2**16 - 1, 3, 4, 5, 6]),
     }
     round, module = 2**16 - 1, 2**16 - 1
-    kept = seeds.keep_mask(
+    kept = keep_mask(
         key, p, features, round=round, position=position, module=module, **rows
     )  # fmt: skip
     counters = seeds.row_counters(round=round, position=position, **rows)

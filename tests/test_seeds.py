@@ -25,6 +25,7 @@ from fedsim import seeds
 from fedsim.errors import ConfigError
 from fedsim.seeds import Purpose
 from tests.conftest import require
+from tests.masks import keep_mask
 
 KEY = seeds.run_key(42)
 # Random123's kat_vectors for philox4x32, 10 rounds: counters, key words, answer.
@@ -203,7 +204,7 @@ def mask(
     """The mask of four rows at positions 0..3, unless told otherwise."""
     where = {"client": 0, "step": 0, "sequence": 0, "position": torch.arange(4)} | rows
     columns = {k: torch.as_tensor(v).expand(4) for k, v in where.items()}
-    return seeds.keep_mask(KEY, p, features, round=round, module=module, **columns)
+    return keep_mask(KEY, p, features, round=round, module=module, **columns)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
