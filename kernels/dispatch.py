@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -37,8 +38,21 @@ def chosen(device: torch.device) -> Implementation:
     if _forced:
         return _forced[-1]
     if device.type == "cuda":
-        return "triton" if importlib.util.find_spec("triton") else "reference"
+        return "triton" if _has_triton() else "reference"
     return "native" if native.available() else "reference"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton(file: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(
+        importlib.import_module(f"fedsim_kernels.cuda.{file}"), name
+    )
+    return function
 
 
 def define(
@@ -60,9 +74,7 @@ def define(
     def run(first: Tensor, *rest: Any) -> Any:
         which = chosen(first.device)
         if which == "triton":
-            return getattr(importlib.import_module(f"fedsim_kernels.cuda.{file}"), name)(
-                first, *rest
-            )
+            return _triton(file, name)(first, *rest)
         if which == "native" and first.dtype in dtypes:
             return native(first, *rest)
         return reference(first, *rest)

@@ -104,6 +104,8 @@ def _site(a: Tensor, b: Tensor, columns: list[int], widths: list[int]) -> tuple[
     """The arguments that describe a site; the tensors among them must outlive the call."""
     if a.stride()[1:] != (a.shape[2], 1) or b.stride()[1:] != (b.shape[2], 1):
         raise ValueError("grouped LoRA: expected factors whose slots are contiguous.")
+    if a.dtype != torch.float32 or b.dtype != torch.float32:
+        raise ValueError(f"grouped LoRA: got {a.dtype} and {b.dtype} factors; expected float32.")
     return (
         a.shape[2], len(columns), b.shape[2], torch.tensor(columns), torch.tensor(widths),
         a.stride(0), b.stride(0),

@@ -21,13 +21,19 @@ ISAS = ("avx512bf16", "avx512", "avx2")  # best first
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it was not built or is switched off."""
-    if os.environ.get("FEDSIM_NATIVE") == "0":
-        return None
+    """The compiled library, or None where it was not built or is switched off.
+
+    Raises:
+        ValueError: FEDSIM_NATIVE names a file that is not there.
+    """
     given = os.environ.get("FEDSIM_NATIVE")  # a path: a build with sanitizers, for example
-    spec = importlib.util.find_spec("fedsim_kernels._csrc") if not given else None
+    if given == "0":
+        return None
+    spec = importlib.util.find_spec("fedsim_kernels._csrc")
     path = given or (spec.origin if spec else None)
-    if path is None or not Path(path).is_file():
+    if given and not Path(given).is_file():
+        raise ValueError(f"FEDSIM_NATIVE: got {given}; expected 0 or the file of a library.")
+    if path is None:
         return None
     try:
         # torch has loaded its OpenMP runtime for everybody; sharing it shares its threads. Two
