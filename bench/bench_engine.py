@@ -99,8 +99,7 @@ def vs_b1(world: World, name: str, clients: int, batch: int, repeats: int) -> Fi
 def peak_growth(world: World, clients: int, batch: int) -> int:
     """Bytes by which the resident set grows, at most, while a step is made ready and run."""
     process, done = psutil.Process(), threading.Event()
-    for site in world.base.sites:
-        site.enter(None)  # a site keeps its last pass, and with it the rows of the last step
+    world.base.rest()  # a site keeps its last pass, and with it the rows of the last step
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # freed memory that glibc keeps would hide growth

@@ -202,8 +202,7 @@ class Base:
             label_segments=Segments.build([len(rows)], [0]),
         )  # fmt: skip
         short = self.hidden(probe, positions, work)
-        for site in self.sites:
-            site.enter(None)
+        self.rest()
         if not gap(short, whole[work.label_rows]) <= TOLERANCE[self.dtype]:
             self._lengthen()
             self._lengthen, self.fused["last_layer"] = None, 0
@@ -225,6 +224,11 @@ class Base:
         if work.label_rows is None or self._lengthen:
             return hidden
         return take_rows(hidden, work.label_rows, work.label_repeats)
+
+    def rest(self) -> None:
+        """Leave the last pass; until then its rows and gradients stay in memory."""
+        for site in self.sites:
+            site.enter(None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(L, D) -> (L, V) fp32, after the model's own scaling and soft-cap."""

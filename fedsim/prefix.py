@@ -43,8 +43,10 @@ def common(rows: Sequence[np.ndarray], limits: Sequence[int]) -> np.ndarray:
     for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
         table[i, :limit] = row[:limit]
         table[i, limit:] = -2 - i  # equal to nobody's
-    differs = table[:, None] != table[None]
-    shared: np.ndarray = np.where(differs.any(2), differs.argmax(2), width)
+    shared = np.empty((n, n), dtype=np.int64)
+    for i in range(n):  # row by row: n x n x width at once would be gigabytes for a large batch
+        differs = table != table[i]
+        shared[i] = np.where(differs.any(1), differs.argmax(1), width)
     most = np.array(limits)
     capped: np.ndarray = np.minimum(shared, np.minimum.outer(most, most))
     return capped

@@ -52,6 +52,7 @@ class Trainer:
                     yield finished.pop(following).update()
                     following += 1
                 finished |= done
+        self.base.rest()
 
     def _lane(
         self, plan: RoundPlan, lane: np.ndarray, starts: dict[int, Tensor], meter: Meter

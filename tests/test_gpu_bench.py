@@ -162,9 +162,8 @@ def test_wrong_cases_count_as_failures() -> None:
     assert ("cases float32", "a y", "WRONG: 1.5 of what is allowed") in list(gpu.rows(parts))
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU here"):
         gpu.main([])
 
