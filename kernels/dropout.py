@@ -26,6 +26,7 @@ from fedsim_kernels.philox import philox
 from fedsim_kernels.spec import Case, KernelSpec, Tensors, draw
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MASK = 0xFFFFFFFF
 
 
 def _check(x: Tensor, counters: Tensor, p: float) -> None:
@@ -64,7 +65,7 @@ def dropout_ref(x: Tensor, counters: Tensor, key: int, module: int, p: float) ->
     _check(x, counters, p)
     blocks = (x.shape[1] + 3) // 4
     position, c1, c2, c3 = (c[:, None] for c in counters.unbind(1))
-    c0 = (position * blocks + torch.arange(blocks, device=x.device)) & 0xFFFFFFFF
+    c0 = (position * blocks + torch.arange(blocks, device=x.device)) & _MASK
     words = torch.stack(philox(key, c0, c1 | module, c2, c3), -1)
     word = words.reshape(len(x), -1)[:, : x.shape[1]]
     return torch.where((word >= int(p * 2**32)) & (position >= 0), x / (1 - p), 0)
