@@ -47,14 +47,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@cache
-def _triton(file: str, name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(
-        importlib.import_module(f"fedsim_kernels.cuda.{file}"), name
-    )
-    return function
-
-
 def define(
     schema: str,
     file: str,
@@ -74,7 +66,8 @@ def define(
     def run(first: Tensor, *rest: Any) -> Any:
         which = chosen(first.device)
         if which == "triton":
-            return _triton(file, name)(first, *rest)
+            module = importlib.import_module(f"fedsim_kernels.cuda.{file}")
+            return getattr(module, name)(first, *rest)
         if which == "native" and first.dtype in dtypes:
             return native(first, *rest)
         return reference(first, *rest)
