@@ -79,7 +79,7 @@ inline __attribute__((always_inline)) void panel(int units, const typename U::un
 #ifdef __AVX512F__
 constexpr int ROWS = 8, VECS = 2;  // 16 of 32 registers accumulate
 #else
-constexpr int ROWS = 4, VECS = 2;  // 8 of 16
+constexpr int ROWS = 6, VECS = 2;  // 12 of 16: 3.0 x a loop over adapters instead of 2.3
 #endif
 
 template <class U, int MR, int NV, class Sink>
