@@ -213,7 +213,7 @@ class _Reader:
         for file, _, _, name in self.calls:
             if name.endswith("Partitioner") and not name.endswith("IidPartitioner"):
                 self.problem(f"{file}: {name}", "the clients are IID; use IidPartitioner")
-        sets = {s.hub: (d, s) for d in map(domains.load, domains.known()) for s in d.train}
+        sets = {s.hub: (d, s) for d in map(domains.load, domains.known()) for s in d.train if s.hub}
         hub = OLDER.get(str(wanted), str(wanted))
         if hub in sets:
             domain, chosen = sets[hub]

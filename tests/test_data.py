@@ -14,6 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,9 +355,9 @@ def test_no_source_in_place_of_another(monkeypatch: pytest.MonkeyPatch, tmp_path
     data = Data(source="hub")
     with pytest.raises(DataError, match=r"flwrlabs/fingpt.*ConnectionError.*--data-dir"):
         sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
-    general = domains.load("general")
-    with pytest.raises(DataError, match=r"data.source: got 'embedded'.*'general'"):
-        sources.load(Data(source="embedded"), general, general.train[0], general.columns)
+    bare = replace(FINANCE, name="bare", embedded=None)
+    with pytest.raises(DataError, match=r"data.source: got 'embedded'.*'bare'"):
+        sources.load(Data(source="embedded"), bare, bare.train[0], bare.columns)
 
 
 def test_hub_sets_are_cut_as_the_evaluator_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,8 +393,8 @@ def test_training_sets_by_name() -> None:
         assert sources.training_set(Data(train=name), medical) is medical.train[1]
     own = sources.training_set(Data(train="org/own"), medical)
     assert (own.name, own.split, own.hub) == ("own", "train", "org/own")
-    there = sources.training_set(Data(train="alpaca", source="directory"), medical)
-    assert (there.name, there.split, there.hub) == ("alpaca", "train", "")
+    there = sources.training_set(Data(train="own", source="directory"), medical)
+    assert (there.name, there.split, there.hub) == ("own", "train", "")
 
 
 def test_tasks_by_name() -> None:
@@ -412,7 +413,8 @@ PAIRS = {
 @pytest.mark.parametrize("name", domains.known())
 def test_columns_become_pairs_as_in_the_apps(name: str) -> None:
     domain = domains.load(name)
-    assert domain.pair({"instruction": "I", "input": "Q", "output": "A"}) == PAIRS[name]
+    row = {"instruction": "I", "input": "Q", "output": "A"}
+    assert domain.pairs["flowertune"](row) == PAIRS[name]
     assert domain.name == name and domain.train[0].hub.startswith("flwrlabs/")
 
 
@@ -432,12 +434,13 @@ LABELLED = [
 
 @pytest.mark.parametrize(("task", "values", "gold", "kind"), LABELLED)
 def test_labels(task: str, values: dict[str, Any], gold: str, kind: str) -> None:
-    example = FINANCE.tasks[task].example(values)
-    assert example.choices[example.gold] == gold
-    assert example.prompt == (
+    item = FINANCE.tasks[task].forms["fedsim"].item(values)
+    assert item.gold == gold and item.choices == ("negative", "neutral", "positive")
+    question = (
         f"What is the sentiment of this {kind}? "
         "Please choose an answer from {negative/neutral/positive}. s"
     )
+    assert item.prompt == PROMPT.format(instruction=question)
 
 
 COUNTS = {
@@ -456,7 +459,7 @@ def test_the_real_training_set() -> None:
     data = real()
     rows = sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
     assert len(rows) == 13_961
-    answers = Counter(FINANCE.pair(row)[1] for row in rows.rows)
+    answers = Counter(FINANCE.pairs["fedsim"](row)[1] for row in rows.rows)
     assert answers == {"neutral": 8366, "positive": 3451, "negative": 2144}
 
 
@@ -464,9 +467,9 @@ def test_the_real_training_set() -> None:
 def test_the_real_tasks(name: str, size: int) -> None:
     task = FINANCE.tasks[name]
     rows = sources.load(real(), FINANCE, task.data, task.columns)
-    examples = [task.example(row) for row in rows.rows]
-    assert len(examples) == size
-    assert Counter(e.choices[e.gold] for e in examples) == COUNTS[name]
+    items = [task.forms["fedsim"].item(row) for row in rows.rows]
+    assert len(items) == size
+    assert Counter(item.gold for item in items) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", ["coding", "general", "medical"])
@@ -475,7 +478,7 @@ def test_the_other_real_training_sets(name: str) -> None:
     chosen = next(d for d in domain.train if (REAL / domain.folder / f"{d.name}.train.jsonl.gz")
                   .is_file())  # fmt: skip
     rows = sources.load(data, domain, chosen, domain.columns)
-    assert len(rows) > 900 and all(all(domain.pair(row)) for row in rows.rows)
+    assert len(rows) > 900 and all(all(domain.pairs["fedsim"](row)) for row in rows.rows)
 
 
 # ------------------------------------------------------------------------------ plans and batches

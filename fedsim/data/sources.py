@@ -94,21 +94,24 @@ def _read_directory(data: Data, domain: Domain, dataset: DataSet) -> list[dict[s
 def _read_hub(dataset: DataSet) -> tuple[list[dict[str, Any]], str]:
     import datasets
 
+    rows: list[dict[str, Any]] = []
     try:
-        if dataset.prepare == "quarter":
-            parts = datasets.load_dataset(dataset.hub, dataset.config, revision=dataset.revision)
-            joined = datasets.concatenate_datasets(list(parts.values()))
-            table = joined.train_test_split(test_size=0.25, seed=42)["test"]
-        else:
-            table = datasets.load_dataset(
-                dataset.hub, dataset.config, split=dataset.split, revision=dataset.revision
-            )
+        for config in dataset.configs or (None,):
+            if dataset.prepare == "quarter":
+                parts = datasets.load_dataset(dataset.hub, config, revision=dataset.revision)
+                joined = datasets.concatenate_datasets(list(parts.values()))
+                table = joined.train_test_split(test_size=0.25, seed=42)["test"]
+            else:
+                table = datasets.load_dataset(
+                    dataset.hub, config, split=dataset.split, revision=dataset.revision
+                )
+            rows += table
     except Exception as failure:
         raise DataError(
             f"hub data set {dataset.hub!r} cannot be loaded ({type(failure).__name__}: {failure})",
             remedy="Without a network use --data-dir PATH, or --set data.source=embedded.",
         ) from failure
-    return list(table), f"hub:{dataset.hub}@{dataset.revision or 'main'}"
+    return rows, f"hub:{dataset.hub}@{dataset.revision or 'main'}"
 
 
 def load(data: Data, domain: Domain, dataset: DataSet, columns: tuple[str, ...]) -> Rows:
@@ -127,6 +130,8 @@ def load(data: Data, domain: Domain, dataset: DataSet, columns: tuple[str, ...])
         module = import_module(domain.embedded)
         rows = module.train() if dataset.split == "train" else module.test()
         origin = f"embedded:{domain.name}/{dataset.name}.{dataset.split}"
+    if dataset.read is not None:
+        rows = [dataset.read(row) for row in rows]
     return _check(rows, origin, columns)
 
 

@@ -24,7 +24,7 @@ from fedsim.data.sources import Rows
 from fedsim.domains import PROMPT, RESPONSE_MARK, Domain
 from fedsim.errors import DataError
 
-_FORMAT = "4"  # raise when the meaning of the stored arrays changes
+_FORMAT = "5"  # raise when the meaning of the stored arrays changes
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def build(
 
 def training_store(rows: Rows, domain: Domain, tokenizer: Any, config: Config) -> TokenStore:
     """The store of a run's training rows."""
-    pairs = [domain.pair(row) for row in rows.rows[: config.data.limit]]
+    pair = domain.pairs[config.run.protocol]
+    pairs = [pair(row) for row in rows.rows[: config.data.limit]]
     return build(
         pairs, tokenizer, protocol=config.run.protocol, max_length=config.data.max_length,
         digest=f"{rows.digest}/{domain.name}/{len(pairs)}",

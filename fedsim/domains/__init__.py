@@ -1,14 +1,17 @@
-"""What a domain is: how its rows become prompts, answers and tasks. Plain Python throughout."""
+"""What a domain is: how its rows become training texts, and by which tasks it is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedsim import names
+from fedsim.tasks import DataSet, Form, Generation, Grades, Item, Program, Row, Task
 
-Row = Mapping[str, Any]
+__all__ = [
+    "PROMPT", "RESPONSE_MARK", "DataSet", "Domain", "Form", "Generation", "Grades", "Item",
+    "Program", "Row", "Task", "joined", "known", "load",
+]  # fmt: skip
 
 # FlowerTune's training text, split where the answer begins (flowertune.md 1.2).
 PROMPT = (
@@ -20,48 +23,24 @@ RESPONSE_MARK = "### Response:"
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question with its accepted answers: `choices[gold]` is right."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    gold: int
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Where one set of rows lies in each source."""
-
-    name: str  # in a directory: <domain>/<name>.<split>.jsonl.gz
-    split: str
-    hub: str = ""
-    config: str | None = None
-    revision: str | None = None
-    prepare: str = ""  # hub only: "" or "quarter", the evaluator's train_test_split(0.25, 42)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One evaluation set: rows -> examples."""
-
-    data: DataSet
-    example: Callable[[Row], Example]
-    columns: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Domain:
-    """A field of the leaderboard."""
+    """A field of the leaderboard; `pairs` and the forms of tasks are keyed by protocol."""
 
     name: str
     train: tuple[DataSet, ...]  # the first is the default
     columns: tuple[str, ...]
-    pair: Callable[[Row], tuple[str, str]]  # row -> (instruction, response)
+    pairs: Mapping[str, Callable[[Row], tuple[str, str]]]  # row -> (instruction, response)
     clients: int  # FlowerTune's fixed number
     folder: str  # below the data directory
     tasks: Mapping[str, Task] = field(default_factory=dict)
     embedded: str | None = None  # module that holds the project's own set
     embedded_tasks: Mapping[str, Task] = field(default_factory=dict)
+
+
+def joined(row: Row) -> tuple[str, str]:
+    """Instruction and, where there is one, input; the response."""
+    instruction, given = str(row["instruction"]), str(row["input"])
+    return f"{instruction} {given}" if given else instruction, str(row["output"])
 
 
 def known() -> list[str]:
