@@ -9,8 +9,8 @@ import torch
 
 from fedsim import domains, peft_io, seeds, strategies, weights
 from fedsim.config import Config
-from fedsim.core import AdapterLayout, pick_device
-from fedsim.data import partition, sources, tokens
+from fedsim.core import AdapterLayout, Population, pick_device
+from fedsim.data import labels, partition, sources, tokens
 from fedsim.display import over_budget
 from fedsim.linears import target_linears
 from fedsim.memory import activation_bytes, recomputes
@@ -106,10 +106,10 @@ def estimate(config: Config) -> Estimate:
     shapes = {n: (m.in_features, m.out_features)
               for n, m in target_linears(model, targets).items()}  # fmt: skip
     layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)
-    store = _store(config, found)
+    data = _data(config, found)
     device = pick_device(config.run.device)
     dtype, budget = compute_dtype(config, device), pass_budget(config, device)
-    work = _work(config, store, budget) if store else None
+    work = _work(config, *data, budget) if data else None
     numbers = sum(p.numel() for p in model.parameters())
     slots = min(config.train.slots, config.per_round)
     recompute = recomputes(config, hf, device, dtype)
@@ -131,19 +131,24 @@ def _traffic(config: Config, layout: AdapterLayout) -> float:
     return 2 * sum(transfer_mib(layout.numel(int(r))) for r in ranks)
 
 
-def _store(config: Config, found: weights.Weights) -> tokens.TokenStore | None:
+def _data(
+    config: Config, found: weights.Weights
+) -> tuple[tokens.TokenStore, Population] | None:  # fmt: skip
+    """The training examples and who holds them; None where the tokenizer is not here."""
     if not (found.path / "tokenizer.json").is_file():
         return None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
     rows = sources.load(config.data, domain, dataset, domain.columns)
-    return tokens.training_store(rows, domain, weights.tokenizer(found), config)
+    store = tokens.training_store(rows, domain, weights.tokenizer(found), config)
+    return store, partition.build(config, len(store), labels.of(config, rows.rows, domain))
 
 
-def _work(config: Config, store: tokens.TokenStore, budget: int) -> Work:
+def _work(
+    config: Config, store: tokens.TokenStore, population: Population, budget: int
+) -> Work:  # fmt: skip
     """Exactly the tokens that the run will train, and exactly the first round's passes."""
     key, lengths = seeds.run_key(config.run.seed), store.lengths
-    population = partition.build(config, len(store))
     total = 0
     for round in range(1, config.server.rounds + 1):
         plan = plan_round(config, population, round, key)
