@@ -55,8 +55,8 @@ def configure(clients: int, batch: int, **train: Any) -> Any:
         train=SimpleNamespace(**{
             "steps": 1, "batch": batch, "slots": clients, "budget_tokens": 0, "mode": "fast",
             "chunk_tokens": 512, "tile": 64, "rows_per_product": 0, "shared_prefix": False,
-            "recompute": "never", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
-            "clip_norm": 1.0, **train,
+            "recompute": "never", "graphs": "never", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+            "weight_decay": 0.0, "clip_norm": 1.0, **train,
         }),
         per_round=clients, largest_chunk=512,
     )  # fmt: skip

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedsim.cache import Cache
 from fedsim.errors import ModelError
 from fedsim_kernels.packed_attention import packed_attention
 from fedsim_kernels.segments import Segments
 
 # Arguments that transformers hands to every attention function and that change nothing here:
-# positions are already in q and k, no cache is kept, dropout is refused at load.
+# positions are already in q and k, the cache is our own, dropout is refused at load.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal",
              "num_items_in_batch", "position_embeddings"}  # fmt: skip
 
@@ -28,9 +29,14 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: Segments | None = None,
+    cache: Cache | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface -> packed attention; what it does not know raises."""
+    """transformers' attention interface -> packed attention; what it does not know raises.
+
+    A cache keeps the pass's keys and values; where the pass has one new row of each sequence, it
+    also attends.
+    """
     unknown = {k: v for k, v in rest.items() if k not in _HARMLESS and v is not None}
     if segments is None or attention_mask is not None or unknown or dropout:
         raise ModelError(
@@ -41,9 +47,16 @@ def attention(
             expected="packed segments and arguments that fedsim computes",
             remedy="This architecture is not supported.",
         )  # fmt: skip
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        cache.keep(layer, k, v)
+        if cache.steps:
+            return cache.attend(layer, q, scale=scale, window=sliding_window, softcap=softcap)[
+                None
+            ], None
     out = packed_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)), segments.tables(query.device),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window, softcap=softcap,
-    )  # fmt: skip
+        q, k, v, segments.tables(query.device), scale=scale, window=sliding_window, softcap=softcap
+    )
     return out[None], None

@@ -1,4 +1,4 @@
-"""fedsim run | plan | list | doctor."""
+"""fedsim run | eval | plan | list | doctor."""
 
 from __future__ import annotations
 
@@ -93,14 +93,24 @@ def run(
     assignments: Set = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     fresh: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
-) -> None:
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A run to compare with: central (one client has all data) or local "
+                     "(clients are never averaged)."),
+    ] = None,
+) -> None:  # fmt: skip
     """Simulate federated fine-tuning, evaluating before and after."""
     config, ignored = configure(source, preset, domain, data_dir, assignments or [])
+    if reference is not None:
+        from fedsim import references
+
+        config = references.reference(config, reference)
     if ignored:
         out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     _quiet()
     from fedsim import display, report, simulate
     from fedsim.core import pick_device
+    from fedsim.evaluate import explain
     from fedsim.record import Meter, implementation
 
     c = config
@@ -123,11 +133,55 @@ def run(
     report.write(folder)
     if changes:
         out.print(display.table(changes))
-        out.print("[dim]likelihood: the right choice is the most probable; "
-                  "exact: greedy decoding begins with it[/dim]")  # fmt: skip
+        out.print(f"[dim]{explain(c.metric for c in changes)}[/dim]")
         if config.data.source == "embedded":
             out.print("[dim]embedded data: not a leaderboard score[/dim]")
     out.print(display.places(folder))
+
+
+@app.command("eval")
+def eval_(
+    targets: Annotated[
+        list[str], typer.Argument(help="Runs (every exported round), adapters, or a model.")
+    ],
+    domain: DomainName = None,
+    data_dir: DataDir = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="fedsim or flowertune.")] = None,
+    backend: Annotated[str, typer.Option(help="engine, transformers or vllm.")] = "engine",
+    vllm_python: Annotated[
+        Path, typer.Option(help="Interpreter of vLLM's environment, see `make install-vllm`.")
+    ] = Path(".venv-vllm/bin/python"),
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for scores and answers.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Replace an evaluation of the same name.")] = False,
+    assignments: Set = None,
+) -> None:
+    """Evaluate many adapters over one base at once; keep every example."""
+    _quiet()
+    from fedsim import display
+    from fedsim.evaluate import comparison, explain
+    from fedsim.evaluate.targets import resolve
+
+    found = resolve(targets)
+    given = {
+        "data": {"domain": domain, "dir": None if data_dir is None else str(data_dir),
+                 "source": None if data_dir is None else "directory"},
+        "evaluate": {"tasks": None if tasks is None else tasks.split(","), "limit": limit},
+        "run": {"protocol": protocol},
+    }  # fmt: skip
+    config = comparison.configure(found, given, assignments or [])
+    if to is None:
+        run_folder = next((Path(n) for n in targets if (Path(n) / "adapters").is_dir()), None)
+        to = run_folder / "evaluation" if run_folder else Path("evaluations") / config.data.domain
+    asked = comparison.Comparison(config, found, backend, vllm_python.absolute())
+    scores = asked.run(to, fresh=fresh)
+    out.print(display.scores(scores))
+    out.print(f"[dim]{explain(s.metric for s in scores)}[/dim]")
+    out.print(f"[dim]{display.trivial(to)}[/dim]")
+    if note := comparison.comparable(config, scores):
+        out.print(f"[yellow]{escape(note)}[/yellow]")
+    out.print(f"[dim]scores and every answer[/dim]  {escape(str(to))}", soft_wrap=True)
 
 
 @app.command()

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
+from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
+from fedsim.section import Section
 
 PRESETS = Path(__file__).parent / "presets"
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -25,12 +26,6 @@ Recompute = Annotated[
     Literal["never", "auto", "always"],
     BeforeValidator(lambda v: ("never", "always")[v] if isinstance(v, bool) else v),
 ]
-
-
-class Section(BaseModel):
-    """Frozen, strict (a string is never taken for a number), closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -76,11 +71,6 @@ class Data(Section):
     limit: int | None = Field(None, ge=1, description="use only the first n training rows")
 
 
-class Clients(Section):
-    number: int = Field(20, ge=1, lt=1 << 28)
-    partition: Literal["iid"] = "iid"
-
-
 class Server(Section):
     strategy: str = "fedavg"
     rounds: int = Field(10, ge=1, lt=1 << 16)
@@ -114,6 +104,9 @@ class Train(Section):
     recompute: Recompute = Field(
         "never", description="activations in the backward; auto: where memory asks for it"
     )
+    graphs: Literal["auto", "never"] = Field(
+        "never", description="auto: CUDA graphs for small bases; not run on a GPU yet"
+    )
 
     @property
     def rows_per_product(self) -> int:
@@ -124,7 +117,7 @@ class Train(Section):
 class Evaluate(Section):
     every: int = Field(0, ge=0, description="rounds; 0: before the first and after the last")
     tasks: Names = ()
-    limit: int | None = Field(None, ge=1, description="examples of each task")
+    limit: int | None = Field(None, ge=0, description="examples of each task; 0: no evaluation")
 
 
 class Config(Section):
@@ -167,6 +160,13 @@ class Config(Section):
                 f"adapter.rank: got {self.adapter.rank}; expected {max(self.adapter.ranks)}, the "
                 "largest of adapter.ranks: the server's adapter has that rank"
             )
+        if self.run.protocol == "flowertune" and self.clients.partition != "iid":
+            raise ValueError(
+                f"clients.partition: got {self.clients.partition}; expected iid with "
+                "run.protocol = flowertune"
+            )
+        if misfit := self.clients.misfit():
+            raise ValueError(misfit)
         return self
 
     @property

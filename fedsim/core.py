@@ -249,6 +249,9 @@ class Score:
     protocol: str
     source: str
     file: str
+    adapter: str = "global"
+    backend: str = "engine"
+    whole: bool = True  # every row of the set, not a subset
 
     def record(self) -> dict[str, Any]:
         """Plain fields, as written to scores.json."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.core import Score
+from fedsim.evaluate.statistics import interval
 from fedsim.record import FLOWERTUNE_BUDGET_MIB, Meter
 from fedsim.report import Change
 
@@ -123,6 +127,43 @@ def table(changes: list[Change]) -> Table:
             f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
         )  # fmt: skip
     return out
+
+
+def scores(found: Sequence[Score]) -> Table:
+    """One row a task and metric, one column an adapter, or the other way round, whichever is
+    narrower: percent and half of the 95 % interval."""
+    out = Table(box=box.SIMPLE_HEAD, title="accuracy, %", title_style="bold", title_justify="left")
+    adapters = list(dict.fromkeys(s.adapter for s in found))
+    cells = {(s.adapter, s.task, s.metric): s for s in found}
+    lines = list(dict.fromkeys((s.task, s.metric, s.n) for s in found))
+
+    def cell(adapter: str, task: str, metric: str) -> str:
+        s = cells[adapter, task, metric]
+        return f"{100 * s.value:.1f} ±{100 * (interval(s.value, s.stderr)[1] - s.value):.1f}"
+
+    if len(adapters) <= max(4, len(lines)):
+        for name in ("task", "metric"):
+            out.add_column(name)
+        for name in ("n", *adapters):
+            out.add_column(name, justify="right")
+        for task, metric, n in lines:
+            out.add_row(task, metric, str(n), *(cell(a, task, metric) for a in adapters))
+    else:
+        out.add_column("adapter")
+        for task, metric, n in lines:
+            out.add_column(f"{task}\n{metric}\nn = {n}", justify="right")
+        for adapter in adapters:
+            out.add_row(adapter, *(cell(adapter, task, metric) for task, metric, _ in lines))
+    return out
+
+
+def trivial(folder: Path) -> str:
+    """What a score has to beat, task by task."""
+    found = json.loads((folder / "references.json").read_text())
+    return "; ".join(
+        f"{task}: always {r['answer']} {100 * r['majority']:.1f}, chance {100 * r['chance']:.1f}"
+        for task, r in found.items()
+    )
 
 
 def places(folder: Path) -> Table:

@@ -7,6 +7,7 @@ import torch
 from fedsim import record, weights
 from fedsim.config import Config
 from fedsim.core import pick_device
+from fedsim.evaluate import sandbox
 from fedsim.model import compute_dtype
 
 
@@ -27,7 +28,7 @@ def findings() -> list[tuple[str, str]]:
         rows.append((f"operation {operation}", record.implementation(device)))
     for alias in weights.ALIASES:
         rows.append((f"model {alias}", weights.locate(alias)))
-    return rows
+    return [*rows, *sandbox.isolation()]
 
 
 def _yes(value: bool) -> str:

@@ -57,6 +57,8 @@ class Pass:
             after the last attention runs on these rows only.
         label_repeats: how often one row may be a label row: a prefix ends where all its sequences
             begin.
+        norms: of every site under DoRA, for passes whose factors stay the same; else each pass
+            computes its own.
     """
 
     segments: Segments
@@ -69,6 +71,7 @@ class Pass:
     label_rows: Tensor | None = None
     label_segments: Segments | None = None
     label_repeats: int = 1
+    norms: tuple[list[Tensor], ...] = ()
 
     @property
     def tables(self) -> list[Tensor]:
@@ -221,7 +224,9 @@ class Site(nn.Module):
         """
         assert self.index is not None
         factors, drop = work.factors[self.index], work.dropout
-        norms = weight_norms(self, factors, work) if factors.mag is not None else None
+        norms = None
+        if factors.mag is not None:
+            norms = work.norms[self.index] if work.norms else weight_norms(self, factors, work)
         parts, at = [], 0
         for member in self.members:
             span = slice(member.column, member.column + member.width)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
+from fedsim.cache import Cache
 from fedsim.config import Config
 from fedsim.core import AdapterLayout
 from fedsim.errors import ModelError
@@ -45,8 +46,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def check_config(hf: Any, max_length: int) -> None:
-    """Refuse what would be computed differently from the stock model. Raises ModelError."""
+def check_config(hf: Any, max_length: int, what: str = "data.max_length") -> None:
+    """Refuse what would be computed differently from the stock model in sequences of at most
+    `max_length` tokens, which `what` names. Raises ModelError."""
     for name in _DROPOUTS:
         if getattr(hf, name, 0.0):
             raise ModelError(
@@ -62,9 +64,9 @@ def check_config(hf: Any, max_length: int) -> None:
         limit = kind.get("original_max_position_embeddings") or whole
         if kind.get("rope_type") in ("longrope", "dynamic") and max_length > limit:
             raise ModelError(
-                f"data.max_length with {kind['rope_type']} positions", got=max_length,
+                f"{what} with {kind['rope_type']} positions", got=max_length,
                 expected=f"at most {limit}",
-                remedy="Lower data.max_length: beyond it these positions depend on the pass.",
+                remedy=f"Lower {what}: beyond it these positions depend on the pass.",
             )  # fmt: skip
     if getattr(hf, "logit_scale", None) not in (None, 1, 1.0):
         raise ModelError(
@@ -207,20 +209,25 @@ class Base:
             self._lengthen()
             self._lengthen, self.fused["last_layer"] = None, 0
 
-    def _decode(self, ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+    def _decode(
+        self, ids: Tensor, positions: Tensor, segments: Segments, cache: Cache | None = None
+    ) -> Tensor:
         out = self.decoder(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments
-        )
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments,
+            cache=cache,
+        )  # fmt: skip
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def hidden(self, ids: Tensor, positions: Tensor, work: Pass) -> Tensor:
+    def hidden(
+        self, ids: Tensor, positions: Tensor, work: Pass, cache: Cache | None = None
+    ) -> Tensor:
         """Last hidden states of one packed pass under the pass's adapters: (L, D) of its label
-        rows where it names them, else (T, D)."""
+        rows where it names them, else (T, D). A cache takes part as it was told to."""
         # The sites keep the pass: recomputation in the backward meets it again.
         for site in self.sites:
             site.enter(work)
-        hidden = self._decode(ids, positions, work.segments)
+        hidden = self._decode(ids, positions, work.segments, cache)
         if work.label_rows is None or self._lengthen:
             return hidden
         return take_rows(hidden, work.label_rows, work.label_repeats)
@@ -249,18 +256,16 @@ class Base:
         return out
 
 
-def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:
-    """Load a Hugging Face causal LM from a folder and make it the shared base.
+def stock(
+    weights: Weights, config: Config, device: torch.device, attention: str | None = None
+) -> Any:
+    """transformers' own causal LM from a folder, in the computing dtype, with the values that a
+    quantised base has. Raises ModelError where it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
 
-    Raises:
-        ModelError: it cannot be loaded, or packed computation would differ from stock.
-    """
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register("fedsim", attention)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=compute_dtype(config, device), attn_implementation="eager"
+            weights.path, dtype=compute_dtype(config, device), attn_implementation=attention
         )
     except (OSError, ValueError, RuntimeError) as failure:
         raise ModelError(
@@ -269,4 +274,16 @@ def load(weights: Weights, config: Config, device: torch.device, targets: tuple[
         ) from failure
     if config.model.quantisation != "none":
         _round_trip(model, config.model.quantisation, config.model.double_quantisation)
-    return Base(model.to(device), config, targets)
+    return model.to(device)
+
+
+def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:
+    """Load a Hugging Face causal LM from a folder and make it the shared base.
+
+    Raises:
+        ModelError: it cannot be loaded, or packed computation would differ from stock.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("fedsim", attention)
+    return Base(stock(weights, config, device, "eager"), config, targets)

@@ -75,8 +75,22 @@ def _key(piece: Piece) -> str:
     return f"{_PREFIX}{piece.module}.{_NAMES[piece.kind]}"
 
 
-def load(folder: Path, layout: AdapterLayout) -> Tensor:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        return config, load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as failure:
+        raise ModelError(
+            f"{folder} cannot be read ({failure})",
+            expected="adapter_config.json and adapter_model.safetensors",
+        ) from failure
+
+
+def load(folder: Path, layout: AdapterLayout, onto: Tensor | None = None) -> Tensor:
     """Read a PEFT LoRA or DoRA adapter into a row (P,) fp32; a lower rank leaves its tail zero.
+
+    Args:
+        onto: (P,) what modules have of which the file holds nothing; without it that is an error.
 
     Raises:
         ModelError: a file or factor is missing, a factor has another shape, or the file holds
@@ -84,18 +98,13 @@ def load(folder: Path, layout: AdapterLayout) -> Tensor:
     """
     import torch
 
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as failure:
-        raise ModelError(
-            f"{folder} cannot be read ({failure})",
-            expected="adapter_config.json and adapter_model.safetensors",
-        ) from failure
-    row = torch.zeros(1, layout.size)
+    config, tensors = _read(folder)
+    row = torch.zeros(1, layout.size) if onto is None else onto.clone()[None]
     for module in layout.modules:
         pieces = [layout.piece(module, kind) for kind in _NAMES if layout.has(module, kind)]
         given = [tensors.pop(_key(piece)) for piece in pieces if _key(piece) in tensors]
+        if onto is not None and not given:
+            continue
         got = [tuple(t.shape) for t in given]
         r = min(layout.rank, got[0][0]) if got and got[0] else 0
         a, b, *lengths = (layout.view(row, piece)[0] for piece in pieces)
@@ -116,3 +125,35 @@ def load(folder: Path, layout: AdapterLayout) -> Tensor:
             remedy="Set adapter.targets and adapter.dora as they were when it was made.",
         )  # fmt: skip
     return row[0]
+
+
+def load_scaled(folder: Path, layout: AdapterLayout, onto: Tensor) -> tuple[Tensor, float]:
+    """The row (P,) of `load` and the scale that the adapter's own configuration gives it.
+
+    A module whose rank or alpha is of a pattern has its own scale: it goes into that module's B.
+    """
+    from peft.utils.other import get_pattern_key
+
+    row = load(folder, layout, onto)
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def scale(module: str) -> float:
+        r, alpha = (
+            config.get(pattern, {}).get(get_pattern_key(config.get(pattern, {}), module), value)
+            for pattern, value in (("rank_pattern", config["r"]),
+                                   ("alpha_pattern", config["lora_alpha"]))
+        )  # fmt: skip
+        return float(alpha / (r**0.5 if config.get("use_rslora") else r))
+
+    usual = scale("")
+    for module in layout.modules:
+        if (own := scale(module)) != usual:
+            layout.view(row[None], layout.piece(module, "B")).mul_(own / usual)
+    return row, usual
+
+
+def attach(model: Any, folder: Path) -> Any:
+    """A stock model under an adapter; its `unload` gives the bare model back."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).eval()

@@ -41,6 +41,7 @@ class Purpose(enum.IntEnum):
     SUBSET = 4  # which evaluation examples, when limited
     BOOTSTRAP = 5  # resampling for confidence intervals
     RANK = 6  # the rank of a client's adapter
+    TOKEN = 7  # tokens of sampled continuations
 
 
 def run_key(seed: int) -> int:
@@ -85,6 +86,15 @@ def first_words(key: int, purpose: Purpose, clients: np.ndarray) -> np.ndarray:
 def uniform(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
     """`count` numbers in (0, 1): (word + 1/2) / 2^32, float64."""
     return (words(key, purpose, count, **where).double() + 0.5) * 2.0**-32
+
+
+def token_uniform(key: int, request: np.ndarray, position: np.ndarray) -> Tensor:
+    """What the token at a position (n,) of a request's (n,) text is drawn by: (n,) float64 in
+    (0, 1), (52 bits + 1/2) / 2^52."""
+    c0, client = torch.as_tensor(position), torch.as_tensor(request)
+    zero = torch.zeros_like(c0)
+    high, low, *_ = philox(key, c0, zero, zero, client | int(Purpose.TOKEN) << 28)
+    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
 
 def permutation(key: int, purpose: Purpose, count: int, **where: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def run(
         start = initial_row(world.base.layout, key).to(world.base.device)
         start = world.base.magnitudes(start)
         server, scores = strategy.start(start, world.base.layout), []
-        scores += score(folder, world, config, server, meter)
+        scores += score(folder, world, server, meter)
         commit(folder, server, scores)
 
     rounds, every = config.server.rounds, config.evaluate.every
@@ -63,7 +63,7 @@ def run(
                 folder.append("clients.jsonl", client_lines(plan, seen))
                 raise
         if round in due:
-            scores += score(folder, world, config, server, meter)
+            scores += score(folder, world, server, meter)
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
         clients = client_lines(plan, seen)
@@ -83,15 +83,13 @@ def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:
 
 
 def score(
-    folder: RunFolder, world: World, config: Config, server: ServerState, meter: Meter
+    folder: RunFolder, world: World, server: ServerState, meter: Meter
 ) -> list[dict[str, Any]]:
-    """Evaluate the server's adapter and append every example's record."""
+    """Evaluate the server's adapters and append every example's record."""
     if not len(world.tests):
         return []
     with meter.timed("evaluate"):
-        scores, records = evaluate.evaluate(
-            world.base, world.tests, server.row, config, server.round
-        )
+        scores, records = evaluate.evaluate(world.subject(server), world.tests)
     meter.evaluations += 1
     for task, lines in records.items():
         folder.append(f"eval/{task}.jsonl", lines)

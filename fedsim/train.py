@@ -18,6 +18,7 @@ from fedsim.batch import PackedBatch, on_device
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
+from fedsim.graphs import runner
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
 from fedsim.packing import Parts, pack, passes
@@ -38,6 +39,7 @@ class Trainer:
         self.budget = pass_budget(config, base.device)
         slots = min(config.train.slots, config.per_round)
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
+        self.run = runner(self.backward, self.bank.grads, config, base)
 
     def train(self, plan: RoundPlan, rule: LocalRule, meter: Meter) -> Iterator[ClientUpdates]:
         """Every client of the plan, in the plan's order, one update each."""
@@ -118,10 +120,14 @@ class Trainer:
             label_segments=batch.label_segments,
             label_repeats=batch.label_repeats,
         )
+        return self.run(batch, work), batch.rows
+
+    def backward(self, batch: PackedBatch, work: Pass) -> Tensor:
+        """Forward and backward of one pass; each slot's share of its loss (K,) fp64."""
         hidden = self.base.hidden(batch.input_ids, batch.position_ids, work)
-        loss = self.base.loss(hidden, batch, self.bank.slots, tile)
+        loss = self.base.loss(hidden, batch, self.bank.slots, work.tile)
         loss.sum().backward()
-        return loss.detach(), batch.rows
+        return loss.detach()
 
     def _ranks(self, plan: RoundPlan, who: dict[int, int]) -> tuple[int, ...]:
         """Of each slot; () where every client of the plan has the layout's."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.config import Config
 from fedsim.data.tokens import cache_root
 from fedsim.errors import ModelError
 
@@ -173,6 +174,12 @@ def tokenizer(weights: Weights) -> Any:
             expected="a fast tokenizer with an EOS token",
         )
     return loaded
+
+
+def precision(dtype: str, config: Config) -> str:
+    """What a base computes with, for the record: `float32`, or `fp4, float32`."""
+    kind = config.model.quantisation
+    return dtype if kind == "none" else f"{kind}, {dtype}"
 
 
 def model_type(weights: Weights) -> str:

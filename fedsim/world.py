@@ -7,8 +7,11 @@ from typing import Any
 
 from fedsim import domains, evaluate, model, peft_io, record, weights
 from fedsim.config import Config
-from fedsim.core import Population, pick_device
-from fedsim.data import partition, sources, tokens
+from fedsim.core import Population, ServerState, pick_device
+from fedsim.data import labels, partition, sources, tokens
+from fedsim.evaluate.engine import Engine
+from fedsim.evaluate.generation import Adapter, Sampling, own_sampling
+from fedsim.plan import pass_budget
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,24 @@ class World:
     store: tokens.TokenStore
     population: Population
     tests: evaluate.Suite
+    engine: Engine
+    tokenizer: Any
     found: weights.Weights
     origin: str
     digests: dict[str, str]
+    precision: str
+    defaults: Sampling
+
+    def subject(self, server: ServerState) -> evaluate.Subject:
+        """The server's adapter to evaluate; where clients keep their own, all of those."""
+        adapters = [Adapter("global", row=server.row)]
+        if (rows := server.memory.get("clients")) is not None:
+            ids = server.memory["ids"].tolist()
+            adapters = [Adapter(f"client {c}", row=row) for c, row in zip(ids, rows, strict=True)]
+        return evaluate.Subject(
+            self.engine, self.tokenizer, adapters, [server.round] * len(adapters), self.precision,
+            self.defaults,
+        )  # fmt: skip
 
 
 def load_world(config: Config, key: int) -> World:
@@ -32,13 +50,17 @@ def load_world(config: Config, key: int) -> World:
     found = weights.find(config.model.name, config.model.revision)
     tokenizer = weights.tokenizer(found)
     store = tokens.training_store(rows, domain, tokenizer, config)
-    population = partition.build(config, len(store))
-    tests = evaluate.suite(config, domain, tokenizer, key)
+    population = partition.build(config, len(store), labels.of(config, rows.rows, domain))
+    tests = evaluate.suite(config, domain, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
     base = model.load(found, config, device, targets)
-    digests = {dataset.name: rows.digest, **tests.digests}
-    return World(base, store, population, tests, found, rows.origin, digests)
+    engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
+    digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
+    return World(
+        base, store, population, tests, engine, tokenizer, found, rows.origin, digests,
+        weights.precision(base.precision, config), own_sampling(found.path),
+    )  # fmt: skip
 
 
 def describe(config: Config, world: World) -> dict[str, Any]:

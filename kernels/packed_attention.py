@@ -123,7 +123,7 @@ def packed_attention_backward_ref(
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * slope * scale
         gq[rows] = torch.matmul(ds, keys).transpose(0, 1)
         for total, part in ((gk, ds.mT @ query), (gv, p.mT @ grad)):
-            by_key = part.view(-1, groups, *part.shape[1:]).sum(1).transpose(0, 1)
+            by_key = part.view(len(part) // groups, groups, *part.shape[1:]).sum(1).transpose(0, 1)
             first = 0
             for r in seen:
                 total[r] += by_key[first : first + r.stop - r.start]

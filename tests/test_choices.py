@@ -1,4 +1,4 @@
-"""Answers are those of the stock model, one choice after another; statistics are those by hand.
+"""Answers are those of the stock model, one choice after another.
 
 `answer` packs all questions into a tree of shared prefixes; here every choice is read alone by
 stock transformers with stock PEFT's adapter, token by token: log-probabilities within 1e-4 and the
@@ -8,8 +8,6 @@ that change how the prompt's end is tokenised, one pass and many. About 8 s.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsim import domains, evaluate, model, peft_io, report, seeds, weights
+from fedsim import model, peft_io, weights
 from fedsim.config import Config
 from fedsim.domains import PROMPT
 from fedsim.evaluate.choices import Answer, Question, answer, question
 from fedsim.prefix import common_prefix
-from fedsim.world import load_world
 
 SCALE = 2.0  # alpha 8 / rank 4, as `settings` has it
 
@@ -75,7 +72,7 @@ def one_by_one(stock: Any, q: Question) -> Answer:
 
 
 def check(pair: Pair, questions: Sequence[Question], budget: int) -> list[Answer]:
-    got = answer(pair.base, pair.row, SCALE, questions, budget)
+    (got,) = answer(pair.base, pair.row[None], [SCALE], questions, budget)
     assert len(got) == len(questions)
     for q, ours in zip(questions, got, strict=True):
         theirs = one_by_one(pair.stock, q)
@@ -135,6 +132,29 @@ def test_any_tree(
     assert all((a.logprob < 0).all() for a in got)
 
 
+@pytest.mark.parametrize("budget", [4096, 150, 1])
+def test_many_adapters_in_one_call(
+    settings: Callable[..., Config], pair: Any, budget: int
+) -> None:  # fmt: skip
+    """Each answers as it does alone; the bare base is the row of zeros, or the scale 0."""
+    both = pair(settings("llama"), "llama")
+    generator = np.random.default_rng(7)
+    questions = [tree(generator, int(n)) for n in generator.integers(4, 40, 7)]
+    rows = torch.stack([both.row, both.row * 0, both.row, both.row * -0.5])
+    scales = [SCALE, 3.0, 0.0, 1.0]
+    got = answer(both.base, rows, torch.tensor(scales), questions, budget)
+    assert [len(answers) for answers in got] == [7] * 4
+    for row, scale, answers in zip(rows, scales, got, strict=True):
+        (alone,) = answer(both.base, row[None], [scale], questions, budget)
+        for mine, theirs in zip(answers, alone, strict=True):
+            assert np.abs(mine.logprob - theirs.logprob).max() <= 1e-4
+            assert mine.greedy.tolist() == theirs.greedy.tolist()
+    stock = one_by_one(both.stock, questions[3])
+    assert np.abs(got[0][3].logprob - stock.logprob).max() <= 1e-4
+    assert np.abs(got[1][3].logprob - got[2][3].logprob).max() <= 1e-4
+    assert np.abs(got[1][3].logprob - got[0][3].logprob).max() > 1e-2
+
+
 def test_a_greedy_choice_is_seen(settings: Callable[..., Config], pair: Any) -> None:
     """The stock model's own continuation is greedy; with another token in it, it is not."""
     both = pair(settings("llama"), "llama")
@@ -172,96 +192,3 @@ def test_questions_are_tokenised_whole(tokenizer: Any) -> None:
         assert tokenizer.decode(ids) == f"Up or down? {text}"
         assert tokenizer.decode(ids[start:]) == f" {text}"
     assert (q.choices[0][: q.stem] == q.choices[1][: q.stem]).all()
-
-
-def test_scores_are_counted_from_the_records(settings: Callable[..., Config]) -> None:
-    config = settings(evaluate__limit=20)
-    world = load_world(config, seeds.run_key(config.run.seed))
-    row = torch.zeros(world.base.layout.size)
-    scores, records = evaluate.evaluate(world.base, world.tests, row, config, 3)
-    (task, lines), = records.items()  # fmt: skip
-    assert task == "newswire" and len(lines) == 20
-    for line, example in zip(lines, world.tests.examples[task], strict=True):
-        assert line["prompt"] == example.prompt and line["round"] == 3
-        assert line["gold"] == example.choices[example.gold]
-        assert line["output"] == example.choices[int(np.argmax(line["logprob"]))]
-        assert line["likelihood"] is (line["output"] == line["gold"])
-    assert [s.metric for s in scores] == ["likelihood", "exact"]
-    for score in scores:
-        hits = sum(line[score.metric] for line in lines)
-        assert score.value == hits / 20 and score.n == 20
-        assert score.stderr == math.sqrt(score.value * (1 - score.value) / 20)
-        assert (score.precision, score.file) == ("float32", "eval/newswire.jsonl")
-        assert score.source == "embedded:finance/newswire.test"
-
-
-@pytest.mark.parametrize("limit", [1, 7, 1000])
-def test_a_limit_takes_a_random_subset(
-    settings: Callable[..., Config], tokenizer: Any, limit: int
-) -> None:
-    domain = domains.load("finance")
-
-    def prompts(seed: int) -> list[str]:
-        suite = evaluate.suite(
-            settings(evaluate__limit=limit), domain, tokenizer, seeds.run_key(seed)
-        )
-        assert len(suite) == min(limit, 480)
-        return [e.prompt for e in suite.examples["newswire"]]
-
-    assert prompts(1) == prompts(1) and len(set(prompts(1))) == min(limit, 480)
-    assert (prompts(1) == prompts(2)) is (limit >= 480)
-
-
-def test_a_proportion_by_hand() -> None:
-    """3 of 4: p = 0.75, sqrt(0.75 x 0.25 / 4) = 0.2165."""
-    p, error = evaluate.proportion([True, True, False, True])
-    assert p == 0.75 and error == pytest.approx(0.21650635, abs=1e-8)
-    assert evaluate.proportion([True]) == (1.0, 0.0) and evaluate.proportion([False]) == (0.0, 0.0)
-
-
-def test_a_paired_difference_by_hand() -> None:
-    """d = (0, 1, 1, -1): mean 0.25, variance (0.0625 + 2 x 0.5625 + 1.5625) / 3 = 0.91667,
-    half the interval 1.95996 x sqrt(0.91667 / 4) = 0.93828."""
-    change, low, high = evaluate.paired_difference(
-        [True, False, False, True], [True, True, True, False]
-    )
-    assert change == 0.25
-    assert low == pytest.approx(0.25 - 0.93827, abs=1e-4)
-    assert high == pytest.approx(0.25 + 0.93827, abs=1e-4)
-
-
-def test_the_table_compares_the_first_evaluation_with_the_last(tmp_path: Path) -> None:
-    hits = {0: [True, False, False, True], 5: [False] * 4, 9: [True, True, True, False]}
-    records = [{"round": round, "likelihood": hit, "exact": not hit}
-               for round, row in hits.items() for hit in row]  # fmt: skip
-    (tmp_path / "eval").mkdir()
-    text = "".join(json.dumps(line) + "\n" for line in records)
-    (tmp_path / "eval" / "newswire.jsonl").write_text(text)
-    first, second = report.changes(tmp_path)
-    assert (first.task, first.metric, second.metric) == ("newswire", "likelihood", "exact")
-    assert (first.n, first.before, first.after, first.change) == (4, 0.5, 0.75, 0.25)
-    assert (second.before, second.after, second.change) == (0.5, 0.25, -0.25)
-    assert (first.low, first.high) == (-second.high, -second.low) and not first.significant
-
-
-@pytest.mark.parametrize("n", [2, 50])
-def test_no_change_has_no_interval(n: int) -> None:
-    hits = [i % 3 == 0 for i in range(n)]
-    assert evaluate.paired_difference(hits, hits) == (0.0, 0.0, 0.0)
-
-
-def test_one_example_says_nothing() -> None:
-    change, low, high = evaluate.paired_difference([False], [True])
-    assert (change, low, high) == (1.0, -math.inf, math.inf)
-
-
-def test_the_interval_holds_what_it_says() -> None:
-    """Of 2000 intervals of 400 pairs, 95 % hold the true change of 0.1: 1900 +- 4.5 x 9.75."""
-    generator = np.random.default_rng(0)
-    held = 0
-    for _ in range(2000):
-        before = generator.random(400) < 0.4
-        after = np.where(before, generator.random(400) < 0.85, generator.random(400) < 0.2667)
-        _, low, high = evaluate.paired_difference(before.tolist(), after.tolist())
-        held += low <= 0.4 * 0.85 + 0.6 * 0.2667 - 0.4 <= high
-    assert abs(held - 1900) < 44

@@ -144,7 +144,7 @@ def test_a_run_and_what_it_leaves(fedsim: Command, file: Path, tmp_path: Path) -
     assert around["operations"].keys() == set(record.OPERATIONS)
     scores = json.loads((folder / "scores.json").read_text())
     assert {(s["round"], s["metric"]) for s in scores} == {
-        (round, metric) for round in (0, 2) for metric in ("likelihood", "exact")
+        (round, metric) for round in (0, 2) for metric in ("likelihood", "strict", "lenient")
     }
     answers = lines(folder / "eval" / "newswire.jsonl")
     assert len(answers) == 24
@@ -229,19 +229,42 @@ def test_every_client_failing_is_an_error(fedsim: Command, file: Path, tmp_path:
 
 
 def test_without_tasks_there_is_no_table(
-    fedsim: Command, file: Path, tmp_path: Path, tiny: Callable[[str], Path]
+    fedsim: Command, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gzip
-
-    (tmp_path / "data" / "general").mkdir(parents=True)
-    with gzip.open(tmp_path / "data" / "general" / "alpaca_gpt4.train.jsonl.gz", "wt") as stream:
-        for n in range(40):
-            stream.write(json.dumps({"instruction": f"Count to {n}", "output": "1 2 3"}) + "\n")
-    result = fedsim("run", file, "--domain", "general", "--data-dir", tmp_path / "data",
-                    "--set", "server.rounds=1")  # fmt: skip
+    """A user's own domain, by dotted path."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "plain.py").write_text(
+        "from dataclasses import replace\n"
+        "from fedsim.domains.finance import DOMAIN as FINANCE\n"
+        "DOMAIN = replace(FINANCE, name='plain', tasks={}, embedded_tasks={})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = fedsim("run", file, "--domain", "own.plain", "--set", "server.rounds=1")
     assert result.code == 0 and "accuracy" not in result.out and "round   1" in result.out
     assert "No evaluation task" in (tmp_path / "run" / "report.html").read_text()
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == []
+
+
+# ------------------------------------------------------------------------------------------ eval
+
+
+def test_eval_of_a_run_and_of_a_model(
+    fedsim: Command, file: Path, tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    assert fedsim("run", file).code == 0
+    result = fedsim("eval", tmp_path / "run", "--limit", "3")
+    assert result.code == 0, result.err
+    for word in ("newswire", "strict", "lenient", "run, base", "run, round 2", "±"):
+        assert word in result.out
+    scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
+    assert {s["round"] for s in scores} == {0, 2} and {s["n"] for s in scores} == {3}
+    failed(fedsim("eval", tmp_path / "run", "--limit", "3"), "is not empty", "--fresh")
+    result = fedsim("eval", tiny("llama"), "--domain", "finance", "--set", "data.source=embedded",
+                    "--limit", "2", "--out", tmp_path / "bare", "--protocol", "flowertune",
+                    "--set", "model.quantisation=none")  # fmt: skip
+    assert result.code == 0 and "official" in result.out
+    assert "not comparable with published scores: embedded data" in result.out
+    failed(fedsim("eval", tiny("llama")), "--domain", "Only a run's folder knows its domain")
 
 
 # ------------------------------------------------------------------------------------- configure

@@ -28,11 +28,12 @@ model.name model.revision model.dtype model.quantisation model.double_quantisati
 adapter.rank adapter.ranks adapter.alpha adapter.rslora adapter.lora_plus adapter.dora
 adapter.dropout adapter.targets
 data.domain data.source data.dir data.train data.max_length data.limit
-clients.number clients.partition
+clients.number clients.partition clients.min_size clients.by clients.clusters clients.alpha
+clients.classes clients.shards clients.skew
 server.strategy server.rounds server.fraction server.min_clients server.export_every
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
-train.shared_prefix train.recompute
+train.shared_prefix train.recompute train.graphs
 evaluate.every evaluate.tasks evaluate.limit
 """
 
@@ -48,7 +49,10 @@ REFUSED: dict[str, list[Any]] = {
     "adapter.dropout": [-0.1, 1.0], "adapter.targets": ["q_proj", [1]],
     "data.domain": [1], "data.source": ["disk"], "data.dir": [1], "data.train": [1],
     "data.max_length": [7, 512.0], "data.limit": [0, -1],
-    "clients.number": [0, 1 << 28, 2.0], "clients.partition": ["dirichlet"],
+    "clients.number": [0, 1 << 28, 2.0], "clients.partition": ["random", 1],
+    "clients.min_size": [0, 1.0], "clients.by": [1], "clients.clusters": [1, 2.0],
+    "clients.alpha": [0.0, -1.0, "1"], "clients.classes": [0, 1.5], "clients.shards": [0, 1.5],
+    "clients.skew": [-0.1, "1"],
     "server.strategy": [1], "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
     "server.min_clients": [0], "server.export_every": [0],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
@@ -56,8 +60,8 @@ REFUSED: dict[str, list[Any]] = {
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
     "train.slots": [0], "train.budget_tokens": [-1], "train.mode": ["exact", 1],
     "train.chunk_tokens": [0, 512.0], "train.tile": [48, 0, "64"], "train.shared_prefix": ["no"],
-    "train.recompute": [1, "sometimes"],
-    "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [0],
+    "train.recompute": [1, "sometimes"], "train.graphs": [True, "always"],
+    "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
 }  # fmt: skip
 NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
 
@@ -192,6 +196,7 @@ def test_resolved_is_read_back_as_it_was(tmp_path: Path, path: Path | None) -> N
     assert build(read_toml(file), "again") == config
     written = {f"{s}.{k}" for s, table in tomllib.loads(file.read_text()).items() for k in table}
     optional = {"model.revision", "data.dir", "data.train", "data.limit", "evaluate.limit"}
+    optional |= {f"clients.{k}" for k in ("by", "clusters", "alpha", "classes", "shards", "skew")}
     assert set(KEYS) - optional <= written <= set(KEYS)
 
 

@@ -7,8 +7,9 @@ because its probability is read off the prompt's last row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -51,37 +52,47 @@ def question(tokenizer: Any, prompt: str, choices: Sequence[str]) -> Question:
     return Question(rows, tuple(s for _, s in encoded), stem)
 
 
-def _passes(questions: Sequence[Question], budget: int) -> Iterator[list[Question]]:
-    group: list[Question] = []
+Asked = tuple[int, Question]  # of which adapter
+
+
+def _passes(asked: Iterable[Asked], budget: int) -> Iterator[list[Asked]]:
+    group: list[Asked] = []
     used = 0
-    for q in questions:
+    for slot, q in asked:
         cost = q.stem + sum(len(c) - 1 - q.stem for c in q.choices)
         if group and used + cost > budget:
             yield group
             group, used = [], 0
-        group.append(q)
+        group.append((slot, q))
         used += cost
     if group:
         yield group
 
 
-def _pack(group: Sequence[Question], device: torch.device) -> tuple[PackedBatch, list[int]]:
-    """Pack a tree of sequences; labels are every token of every choice, in order.
+def _pack(group: Sequence[Asked], device: torch.device) -> tuple[PackedBatch, list[int]]:
+    """Pack a tree of sequences for each adapter; labels are every token of every choice, in order.
 
     Returns:
         The batch, and the number of label tokens of each choice of each question.
     """
     packer = Packer()
-    packer.chunk(0)
-    stems = [q.choices[0][: q.stem] for q in group]
-    limit = min(min(*(s - 1 for s in q.start), q.stem - 1) for q in group)
-    root = common_prefix(stems, limit) if len(group) > 1 else 0
+    counts: list[int] = []
+    for slot, run in groupby(group, key=lambda asked: asked[0]):
+        packer.chunk(slot)
+        counts += _tree(packer, [q for _, q in run])
+    return packer.finish(device), counts
+
+
+def _tree(packer: Packer, questions: Sequence[Question]) -> list[int]:
+    stems = [q.choices[0][: q.stem] for q in questions]
+    limit = min(min(*(s - 1 for s in q.start), q.stem - 1) for q in questions)
+    root = common_prefix(stems, limit) if len(questions) > 1 else 0
     parent = -1
     if root:
         packer.sequence(stems[0][:root], 0)
         parent = packer.last
     counts = []
-    for q, stem in zip(group, stems, strict=True):
+    for q, stem in zip(questions, stems, strict=True):
         first = packer.sequence(stem[root:], 0, root, parent)
         stem_sequence = packer.last
         for ids, start in zip(q.choices, q.start, strict=True):
@@ -91,46 +102,61 @@ def _pack(group: Sequence[Question], device: torch.device) -> tuple[PackedBatch,
                 row = packer.sequence(ids[q.stem : -1], 0, q.stem, stem_sequence)
                 packer.labels(row + max(0, start - 1 - q.stem), ids[max(start, shared) :], 0.0)
             counts.append(len(ids) - start)
-    return packer.finish(device), counts
+    return counts
 
 
 @torch.no_grad()
 def answer(
-    base: Base, row: Tensor, scale: float, questions: Sequence[Question], budget: int
-) -> list[Answer]:
-    """Log-probability and greedy agreement of every choice under one adapter.
+    base: Base, rows: Tensor, scales: Tensor | Sequence[float], questions: Sequence[Question],
+    budget: int,
+) -> list[list[Answer]]:  # fmt: skip
+    """Log-probability and greedy agreement of every choice under each of K adapters.
 
     Args:
-        row: (P,) fp32.
+        rows: (K, P) fp32.
+        scales: (K,).
         budget: packed tokens of one pass.
     """
-    factors = base.layout.site_views(row.to(base.device)[None])
-    scales = torch.tensor([scale], device=base.device)
-    out: list[Answer] = []
-    for group in _passes(questions, budget):
+    factors = base.layout.site_views(rows.to(base.device))
+    scale = torch.as_tensor(scales, dtype=torch.float32, device=base.device)
+    out: list[list[Answer]] = [[] for _ in range(len(rows))]
+    for group in _passes(((k, q) for k in range(len(rows)) for q in questions), budget):
         batch, counts = _pack(group, base.device)
-        rows, where = torch.unique(batch.label_rows, return_inverse=True)
+        label_rows, where = torch.unique(batch.label_rows, return_inverse=True)
+        spans = batch.segments.spans
+        edges = torch.tensor([*(first for _, first, _ in spans), len(batch)], device=base.device)
         work = Pass(
-            batch.segments, factors, None, scales, base.anchor, label_rows=rows,
-            label_segments=Segments.build([len(rows)], [0]),
+            batch.segments, factors, None, scale, base.anchor, label_rows=label_rows,
+            label_segments=Segments.build(
+                torch.searchsorted(label_rows, edges).diff().tolist(), [slot for slot, *_ in spans]
+            ),
         )  # fmt: skip
         hidden = base.hidden(batch.input_ids, batch.position_ids, work)
-        logprob = torch.empty(len(where), dtype=torch.float32, device=base.device)
-        top = torch.empty_like(rows)
-        for first in range(0, len(rows), _ROWS):
-            z = base.logits(hidden[first : first + _ROWS])
-            top[first : first + _ROWS] = z.argmax(-1)
-            mine = (where >= first) & (where < first + _ROWS)
-            target = batch.targets[mine]
-            at = where[mine] - first
-            logprob[mine] = z[at, target] - torch.logsumexp(z, -1)[at]
-        greedy = (top[where] == batch.targets).cpu().numpy()
-        values = logprob.double().cpu().numpy()
+        logprob, greedy = _read(base, hidden, where, batch.targets)
         ends = np.cumsum(counts)
-        sums = [(values[e - c : e].sum(), greedy[e - c : e].all())
+        sums = [(logprob[e - c : e].sum(), greedy[e - c : e].all())
                 for c, e in zip(counts, ends, strict=True)]  # fmt: skip
-        for q in group:
-            mine_now, sums = sums[: len(q.choices)], sums[len(q.choices) :]
-            lp, hit = zip(*mine_now, strict=True)
-            out.append(Answer(np.array(lp), np.array(hit)))
+        for slot, q in group:
+            mine, sums = sums[: len(q.choices)], sums[len(q.choices) :]
+            lp, hit = zip(*mine, strict=True)
+            out[slot].append(Answer(np.array(lp), np.array(hit)))
     return out
+
+
+def _read(
+    base: Base, hidden: Tensor, where: Tensor, targets: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """(labels,) log-probability of each label, and whether it is its row's most probable token.
+
+    Args:
+        hidden: (rows, D). where: (labels,) the row of each.
+    """
+    logprob = torch.empty(len(where), dtype=torch.float32, device=base.device)
+    top = torch.empty(len(hidden), dtype=torch.int64, device=base.device)
+    for first in range(0, len(hidden), _ROWS):
+        z = base.logits(hidden[first : first + _ROWS])
+        top[first : first + _ROWS] = z.argmax(-1)
+        mine = (where >= first) & (where < first + _ROWS)
+        target, at = targets[mine], where[mine] - first
+        logprob[mine] = z[at, target] - torch.logsumexp(z, -1)[at]
+    return logprob.double().cpu().numpy(), (top[where] == targets).cpu().numpy()

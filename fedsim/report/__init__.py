@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim.checkpoint import write_atomic
 from fedsim.config import read_toml
-from fedsim.evaluate import METRICS, paired_difference
+from fedsim.evaluate import explain, paired_difference
 from fedsim.folder import RunFolder
 
 
@@ -35,21 +35,30 @@ class Change:
 def changes(folder: Path) -> list[Change]:
     """Every task and metric, round 0 against the last evaluated round."""
     run = RunFolder(folder)
+    scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
     out = []
-    for path in sorted((folder / "eval").glob("*.jsonl")):
-        lines = run.read(f"eval/{path.name}")
+    for task in dict.fromkeys(s["task"] for s in scores):
+        lines = run.read(f"eval/{task}.jsonl")
         last = max(line["round"] for line in lines)
-        for metric in METRICS:
-            before = [line[metric] for line in lines if line["round"] == 0]
-            after = [line[metric] for line in lines if line["round"] == last]
+        for metric in dict.fromkeys(s["metric"] for s in scores if s["task"] == task):
+            before, after = (_hits(lines, round, metric) for round in (0, last))
             change, low, high = paired_difference(before, after)
             n = len(after)
-            out.append(Change(path.stem, metric, n, sum(before) / n, sum(after) / n,
+            out.append(Change(task, metric, n, sum(before) / n, sum(after) / n,
                               change, low, high))  # fmt: skip
     return out
 
 
-def _curve(x: list[float], series: dict[str, list[float]], label: str) -> str:
+def _hits(lines: list[dict[str, Any]], round: int, metric: str) -> list[float]:
+    """Of each example, the share of the round's adapters that are right."""
+    hits: dict[int, list[bool]] = {}
+    for line in lines:
+        if line["round"] == round:
+            hits.setdefault(line["index"], []).append(line[metric])
+    return [sum(h) / len(h) for _, h in sorted(hits.items())]
+
+
+def curve(x: list[float], series: dict[str, list[float]], label: str) -> str:
     """A small line plot as SVG text."""
     import matplotlib
 
@@ -78,21 +87,28 @@ def plots(folder: Path) -> dict[str, str]:
     scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
     out = {}
     if rounds:
-        out["loss"] = _curve(
+        out["loss"] = curve(
             [r["round"] for r in rounds],
             {"first step": [r["loss_first"] for r in rounds],
              "last step": [r["loss_last"] for r in rounds]},
             "clients' mean loss",
         )  # fmt: skip
     if scores:
-        names = dict.fromkeys(f"{s['task']}, {s['metric']}" for s in scores)
-        out["scores"] = _curve(
-            sorted({s["round"] for s in scores}),
-            {name: [s["value"] for s in scores if f"{s['task']}, {s['metric']}" == name]
-             for name in names},
-            "accuracy",
-        )  # fmt: skip
+        out["scores"] = score_curve(scores)
     return out
+
+
+def score_curve(scores: list[dict[str, Any]]) -> str:
+    """Each task and metric over the rounds, the mean where a round has several adapters."""
+    rounds = sorted({s["round"] for s in scores})
+    values: dict[str, dict[int, list[float]]] = {}
+    for s in scores:
+        line = values.setdefault(f"{s['task']}, {s['metric']}", {})
+        line.setdefault(s["round"], []).append(s["value"])
+    series = {
+        name: [sum(line[r]) / len(line[r]) for r in rounds] for name, line in values.items()
+    }
+    return curve([float(r) for r in rounds], series, "accuracy")
 
 
 def write(folder: Path) -> Path:
@@ -113,7 +129,8 @@ def write(folder: Path) -> Path:
         config=read_toml(folder / "config.toml"),
         environment=json.loads((folder / "environment.json").read_text()),
         rounds=rounds,
-        changes=changes(folder),
+        changes=(found := changes(folder)),
+        metrics=explain(c.metric for c in found),
         plots={name: svg[svg.index("<svg") :] for name, svg in drawn.items()},
         train_seconds=sum(r["seconds"].get("train", 0.0) for r in rounds),
         tokens=sum(r["tokens"] for r in rounds),

@@ -1,0 +1,147 @@
+"""From questions to scores: ask, read the answers, grade, count. Every example is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fedsim.core import Score
+from fedsim.evaluate import sandbox
+from fedsim.evaluate.choices import Answer
+from fedsim.evaluate.generation import Adapter, Backend, Output, Request, Sampling
+from fedsim.evaluate.statistics import proportion
+from fedsim.evaluate.suite import Questions, Suite
+from fedsim.tasks import Form, Grades, Item, Program
+
+Records = dict[str, list[dict[str, Any]]]  # task -> one record an example and adapter
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: adapters over one base, as a backend holds it.
+
+    Attributes:
+        rounds: of each adapter, 0 for what was not trained.
+        precision: what the base computes with, for the record.
+        defaults: what the model's own generation_config asks for.
+    """
+
+    backend: Backend
+    tokenizer: Any
+    adapters: Sequence[Adapter]
+    rounds: Sequence[int]
+    precision: str
+    defaults: Sampling
+
+
+def evaluate(subject: Subject, tests: Suite) -> tuple[list[Score], Records]:
+    """Every task under every adapter: scores, and each example's prompt, answer and grades."""
+    scores: list[Score] = []
+    records: Records = {}
+    for name, task in tests.tasks.items():
+        lines = answer(subject, name, task)
+        records[name] = lines
+        ranked = ["likelihood"] if task.form.likelihood and subject.backend.ranks else []
+        metrics = [*ranked, *task.form.metrics]
+        for adapter, round in zip(subject.adapters, subject.rounds, strict=True):
+            mine = [line for line in lines if line["adapter"] == adapter.name]
+            for metric in metrics:
+                value, stderr = proportion([line[metric] for line in mine])
+                scores.append(Score(
+                    round=round, domain=tests.domain, task=name, metric=metric, value=value,
+                    n=len(mine), stderr=stderr, precision=subject.precision,
+                    protocol=tests.protocol, source=task.origin, file=f"eval/{name}.jsonl",
+                    adapter=adapter.name, backend=subject.backend.name, whole=task.whole,
+                ))  # fmt: skip
+    return scores, records
+
+
+def answer(subject: Subject, name: str, task: Questions) -> list[dict[str, Any]]:
+    """Ask every question of one task under every adapter, and grade what comes."""
+    form, n = task.form, len(task.items)
+    lengths = most_tokens(form, task.items, subject.tokenizer)
+    requests = [
+        Request(item.prompt, a, most, form.generation.stop,
+                partial(form.decided, item) if form.decided else None)
+        for a in range(len(subject.adapters))
+        for item, most in zip(task.items, lengths, strict=True)
+    ]  # fmt: skip
+    outputs = subject.backend.generate(requests, subject.adapters, sampling(form, subject.defaults))
+    ranked: list[Answer | None] = [None] * len(requests)
+    if form.likelihood and subject.backend.ranks:
+        ranked = subject.backend.likelihood(  # type: ignore[attr-defined]
+            [item.prompt for item in task.items], [item.choices for item in task.items],
+            subject.adapters,
+        )  # fmt: skip
+    lines = []
+    grades = [g for a in range(len(subject.adapters))
+              for g in grade(form, task.items, outputs[a * n : (a + 1) * n])]  # fmt: skip
+    for i, (output, marks, ranking) in enumerate(zip(outputs, grades, ranked, strict=True)):
+        a, item = i // n, task.items[i % n]
+        line: dict[str, Any] = {
+            "round": subject.rounds[a], "adapter": subject.adapters[a].name, "task": name,
+            "index": i % n, "prompt": item.prompt, "gold": item.gold, "output": output.text,
+            "end": output.end, **marks,
+        }  # fmt: skip
+        if ranking is not None:
+            best = item.choices[int(np.argmax(ranking.logprob))]
+            line |= {
+                "choice": best, "logprob": [float(f"{v:.5g}") for v in ranking.logprob],
+                "likelihood": best == item.gold,
+            }  # fmt: skip
+        lines.append(line)
+    return lines
+
+
+def most_tokens(form: Form, items: Sequence[Item], tokenizer: Any) -> list[int]:
+    """New tokens that each answer may have, at least 1 (see `domains.Generation`)."""
+    generation = form.generation
+    most = [generation.max_new] * len(items)
+    if not generation.max_new:
+        for first in range(0, len(items), generation.batch):
+            gold = tokenizer(items[first].gold, add_special_tokens=False)["input_ids"]
+            most[first : first + generation.batch] = [len(gold)] * len(
+                items[first : first + generation.batch]
+            )
+    if generation.max_length is not None and items:
+        given = tokenizer([item.prompt for item in items])["input_ids"]
+        room = [generation.max_length - len(ids) for ids in given]
+        most = [min(m, r) if generation.max_new else r for m, r in zip(most, room, strict=True)]
+    return [max(m, 1) for m in most]
+
+
+def sampling(form: Form, defaults: Sampling) -> Sampling:
+    """How the form's answers are drawn; a temperature of None is the model's own."""
+    g = form.generation
+    if g.temperature is None:
+        return defaults
+    return Sampling(g.temperature, g.top_p, g.top_k)
+
+
+def grade(form: Form, items: Sequence[Item], outputs: Sequence[Output]) -> list[dict[str, bool]]:
+    """Grades of one adapter's answers; programs are run, the same one once."""
+    texts = [output.text for output in outputs]
+    if form.shared_outputs:
+        last = {item.prompt: text for item, text in zip(items, texts, strict=True)}
+        texts = [last[item.prompt] for item in items]
+    return settle([form.grade(item, text) for item, text in zip(items, texts, strict=True)])
+
+
+def settle(grades: Sequence[Grades]) -> list[dict[str, bool]]:
+    """Replace every program by whether it passes in the sandbox."""
+    programs = list(dict.fromkeys(
+        mark for marks in grades for mark in marks.values() if isinstance(mark, Program)
+    ))  # fmt: skip
+    verdicts = sandbox.grade(programs) if programs else []
+    passed: Mapping[Program, bool] = {
+        program: verdict.passed for program, verdict in zip(programs, verdicts, strict=True)
+    }
+    return [
+        {metric: passed[mark] if isinstance(mark, Program) else bool(mark)
+         for metric, mark in marks.items()}
+        for marks in grades
+    ]  # fmt: skip

@@ -1,0 +1,124 @@
+"""SmolLM2 in fp32: our backend and transformers write the same greedy tokens.
+
+A few prompts in the normal run, about 40 s. `slow`: 400 of every multiple-choice task, 120 of every
+finance set and 40 of every coding task, with the leaderboard's prompts, bare and under an adapter;
+answers of finance and coding up to 128 tokens. Where two tokens are nearer to each other than
+rounding, either may be written: such a place must be within 1e-3 in stock's own logits, whose
+largest are about 20, and is printed. About an hour for all tasks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim import config, domains, model, peft_io, seeds, weights
+from fedsim.data import sources, tokens
+from fedsim.data.embedded import finance
+from fedsim.evaluate.engine import Engine
+from fedsim.evaluate.generation import Adapter, Request, Sampling
+from fedsim.evaluate.scores import most_tokens
+from fedsim.evaluate.stock import Stock
+from fedsim.evaluate.suite import items
+from tests.conftest import require
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+USER_CACHE = tokens.cache_root()  # before a fixture turns it elsewhere
+REAL = Path(os.environ.get("FEDSIM_DATA") or Path(__file__).parents[2] / "shared" / "data")
+GREEDY = Sampling()
+TIE = 1e-3
+LONGEST = 128
+COUNTS = {"general": 400, "medical": 400, "finance": 120, "coding": 40}
+TASKS = {
+    "general": ("mmlu_stem", "mmlu_social_sciences", "mmlu_humanities"),
+    "medical": ("pubmedqa", "medmcqa", "medqa", "careqa"),
+    "finance": ("fpb", "fiqa", "tfns"),
+    "coding": ("humaneval", "mbpp", "multipl_js", "multipl_cpp"),
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Stock, tuple[Adapter, ...]]:
+    """The two backends, and the bare base beside an adapter that changes every text."""
+    folders = list((USER_CACHE / "models").glob("smollm2-135m-instruct-*"))
+    require("model", bool(folders), f"no converted model lies in {USER_CACHE}/models")
+    found = weights.Weights(folders[0], "test", "test")
+    tokenizer = weights.tokenizer(found)
+    settings = config.build(
+        {"model": {"dtype": "float32"}, "run": {"device": "cpu"},
+         "adapter": {"rank": 8, "alpha": 16.0, "targets": ["all-linear"]}}, "test",
+    )  # fmt: skip
+    base = model.load(found, settings, torch.device("cpu"), settings.adapter.targets)
+    row = torch.zeros(1, base.layout.size)
+    for a, b in base.layout.factors(row).values():
+        a.normal_(std=a.shape[-1] ** -0.5, generator=torch.Generator().manual_seed(1))
+        b.normal_(std=0.01, generator=torch.Generator().manual_seed(2))
+    folder = tmp_path_factory.mktemp("adapter") / "random"
+    peft_io.export(folder, row[0], base.layout, settings.adapter, found.name)
+    adapters = (Adapter("bare"), Adapter("random", folder))
+    return (
+        Engine(base, tokenizer, settings.adapter, 2048), Stock(found, tokenizer, settings), adapters
+    )  # fmt: skip
+
+
+def compare(both: Any, asked: Sequence[Request]) -> list[float]:
+    """Stock's top-two margin at every first difference, which is a tie or an error."""
+    engine, stock, adapters = both
+    ours = engine.generate(asked, adapters, GREEDY)
+    theirs = stock.generate(asked, adapters, GREEDY)
+    margins = []
+    for request, got, want in zip(asked, ours, theirs, strict=True):
+        if got == want:
+            continue
+        steps = zip(got.tokens, want.tokens, strict=False)
+        at = next(i for i, (a, b) in enumerate(steps) if a != b)
+        ids = engine._tokenizer(request.prompt)["input_ids"] + list(want.tokens[:at])
+        lm = stock._under(adapters[request.adapter])
+        with torch.no_grad():
+            z = lm(torch.tensor([ids])).logits[0, -1]
+        stock._model = lm.unload() if lm is not stock._model else lm
+        pair = z[[got.tokens[at], want.tokens[at]]]
+        margin = float((pair[1] - pair[0]).abs())
+        assert max(margin, float(z.max() - pair.min())) < TIE, (request.prompt[-200:], at, margin)
+        margins.append(margin)
+    return margins
+
+
+def test_a_few_prompts(both: Any) -> None:
+    rows = finance.test()
+    texts = [f"Input: {row['input']}\nAnswer: " for row in rows[:10]]
+    letters = [f"Question: {row['input']}\nA. good\nB. bad\nThe answer is:" for row in rows[10:22]]
+    asked = [Request(t, a, 1) for a in (0, 1) for t in letters]
+    asked += [Request(t, a, 6 + 5 * i) for a in (0, 1) for i, t in enumerate(texts[:4])]
+    asked.append(Request("def add(a, b):\n", 0, 24, ("\n\n", "\ndef")))
+    assert compare(both, asked) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("domain", "task"), [(domain, task) for domain, names in TASKS.items() for task in names]
+)
+def test_seeded_samples_of_every_task(both: Any, domain: str, task: str, capsys: Any) -> None:
+    require("data", REAL.is_dir(), f"no data at {REAL}")
+    found = domains.load(domain)
+    form = found.tasks[task].forms["flowertune"]
+    data = config.Data(domain=domain, source="directory", dir=str(REAL))
+    rows = sources.load(data, found, found.tasks[task].data, found.tasks[task].columns)
+    order = seeds.permutation(seeds.run_key(7), seeds.Purpose.SUBSET, len(rows))
+    picked = items(form, [rows.rows[i] for i in order[: COUNTS[domain]]], rows.origin)
+    most = most_tokens(form, picked, both[0]._tokenizer)
+    asked = [
+        Request(item.prompt, i % 2, min(n, LONGEST), form.generation.stop)
+        for i, (item, n) in enumerate(zip(picked, most, strict=True))
+    ]
+    margins = compare(both, asked)
+    with capsys.disabled():
+        print(f"\n{task}: {len(asked)} prompts, ties at {[f'{m:.0e}' for m in margins]}")
+    assert len(margins) <= 0.02 * len(asked)
