@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fedsim import seeds
 from fedsim.adapters import AdapterBank
 from tests.lab import CLIENTS, KEY, LR, SCALE, Lab
 from tests.masks import keep_mask

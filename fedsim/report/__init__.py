@@ -105,9 +105,7 @@ def score_curve(scores: list[dict[str, Any]]) -> str:
     for s in scores:
         line = values.setdefault(f"{s['task']}, {s['metric']}", {})
         line.setdefault(s["round"], []).append(s["value"])
-    series = {
-        name: [sum(line[r]) / len(line[r]) for r in rounds] for name, line in values.items()
-    }
+    series = {name: [sum(line[r]) / len(line[r]) for r in rounds] for name, line in values.items()}
     return curve([float(r) for r in rounds], series, "accuracy")
 
 
