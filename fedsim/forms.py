@@ -70,10 +70,11 @@ def real(value: Any) -> float:
 
 
 def texts(*values: Any) -> tuple[str, ...]:
-    """The same values. Raises TypeError if one of them is no text."""
+    """The same values. Raises TypeError if one is no text, ValueError if it is no Unicode."""
     for value in values:
         if not isinstance(value, str):
             raise TypeError(f"got {repr(value)}; expected a text")
+        value.encode()  # half a surrogate pair cannot be tokenised, nor written to a file
     return values
 
 

@@ -94,7 +94,8 @@ def token_uniform(key: int, request: np.ndarray, position: np.ndarray) -> Tensor
     c0, client = torch.as_tensor(position), torch.as_tensor(request)
     zero = torch.zeros_like(c0)
     high, low, *_ = philox(key, c0, zero, zero, client | int(Purpose.TOKEN) << 28)
-    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+    u: Tensor = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+    return u
 
 
 def permutation(key: int, purpose: Purpose, count: int, **where: int) -> np.ndarray:

@@ -23,6 +23,8 @@ from fedsim import model, peft_io, weights
 from fedsim.config import Config
 from fedsim.domains import PROMPT
 from fedsim.evaluate.choices import Answer, Question, answer, question
+from fedsim.evaluate.engine import Engine
+from fedsim.evaluate.generation import Adapter, Request, Sampling
 from fedsim.prefix import common_prefix
 
 SCALE = 2.0  # alpha 8 / rank 4, as `settings` has it
@@ -153,6 +155,29 @@ def test_many_adapters_in_one_call(
     assert np.abs(got[0][3].logprob - stock.logprob).max() <= 1e-4
     assert np.abs(got[1][3].logprob - got[2][3].logprob).max() <= 1e-4
     assert np.abs(got[1][3].logprob - got[0][3].logprob).max() > 1e-2
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("budget", [4096, 70])
+def test_a_call_that_writes_also_ranks(
+    settings: Callable[..., Config], tokenizer: Any, pair: Any, choices: str, budget: int
+) -> None:
+    """The log-probabilities of `answer`, whether a choice is one token or several."""
+    config = settings("llama")
+    both = pair(config, "llama")
+    prompts = [PROMPT.format(instruction=asked) for asked in ASKED]
+    engine = Engine(both.base, tokenizer, config.adapter, budget)
+    adapters = [Adapter("zero", row=both.row * 0), Adapter("own", row=both.row)]
+    requests = [Request(p, a, 3, choices=CHOICES[choices]) for a in (1, 0) for p in prompts]
+    got = engine.generate(requests, adapters, Sampling())
+    asked = [question(tokenizer, p, CHOICES[choices]) for p in prompts]
+    want = [one for row in (both.row, both.row * 0)
+            for one in answer(both.base, row[None], [SCALE], asked, 10_000)[0]]  # fmt: skip
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.abs(np.array(ours.logprob) - theirs.logprob).max() <= 1e-4
+    plain = engine.generate([Request(p, 1, 3) for p in prompts], adapters, Sampling())
+    assert [o.tokens for o in plain] == [o.tokens for o in got[:3]]
+    assert all(o.logprob == () for o in plain)
 
 
 def test_a_greedy_choice_is_seen(settings: Callable[..., Config], pair: Any) -> None:

@@ -53,7 +53,7 @@ class Drawing:
         self._sampling, self._key = sampling, seeds.run_key(sampling.seed)
 
     def __call__(
-        self, z: Tensor, requests: Sequence[int], texts: Sequence[Sequence[Sequence[int]]]
+        self, z: Tensor, requests: Sequence[int], texts: Sequence[Sequence[Any]]
     ) -> list[int]:
         """One token a row, -1 where a logit is not a number.
 
@@ -73,7 +73,7 @@ class Drawing:
         chosen: list[int] = torch.where(finite.isfinite(), best, -1).tolist()
         return chosen
 
-    def _penalise(self, z: Tensor, texts: Sequence[Sequence[Sequence[int]]]) -> None:
+    def _penalise(self, z: Tensor, texts: Sequence[Sequence[Any]]) -> None:
         counts = [sum(map(len, text)) for text in texts]
         rows = np.repeat(np.arange(len(texts)), counts)
         ids = np.fromiter(chain.from_iterable(chain.from_iterable(texts)), np.int64, sum(counts))

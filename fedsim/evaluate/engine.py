@@ -1,16 +1,17 @@
 """Our own backend: many adapters in one pass, no padding, no token computed twice.
 
-Prompts are computed in packed passes (`prefill.py`). Then every live sequence has one row a pass,
-rows of an adapter adjacent, and its keys and values in a cache (`cache.py`). A sequence leaves at
-an EOS, a stop text, when it is decided, or at its last token; others take its place. Greedy text
-is that of transformers' `generate` under stock PEFT, up to ties within rounding.
+Prompts are computed in packed passes (`prefill.py`); the log-probabilities of choices that are one
+token are read off their last rows. Then every live sequence has one row a pass, rows of an adapter
+adjacent, and its keys and values in a cache (`cache.py`). A sequence leaves at an EOS, a stop text,
+when it is decided, or at its last token; others take its place. Greedy text is that of
+transformers' `generate` under stock PEFT, up to ties within rounding.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedsim import config
 from fedsim.batch import on_device
 from fedsim.cache import Cache
 from fedsim.errors import RunError
-from fedsim.evaluate.choices import Answer, answer, question
+from fedsim.evaluate.choices import answer, question
 from fedsim.evaluate.drawing import Drawing
 from fedsim.evaluate.generation import Adapter, Output, Request, Sampling
 from fedsim.evaluate.loaded import Loaded, load
@@ -42,6 +43,8 @@ class Live:
 
     prompt: Prompt
     writing: Writing
+    choices: np.ndarray  # tokens, where each choice is one; else empty
+    logprob: tuple[float, ...] = ()
 
     @property
     def most(self) -> int:
@@ -75,15 +78,6 @@ class Engine:
         self._budget, self._cache_rows = budget, cache_rows
         self._settings = getattr(base.model, "generation_config", None)
 
-    def likelihood(
-        self, prompts: Sequence[str], choices: Sequence[Sequence[str]], adapters: Sequence[Adapter]
-    ) -> list[Answer]:
-        """What each adapter thinks of each prompt's choices: adapter by adapter, each in order."""
-        loaded = load(self._base, adapters, self._adapter)
-        asked = [question(self._tokenizer, p, c) for p, c in zip(prompts, choices, strict=True)]
-        answers = answer(self._base, loaded.rows, loaded.scale, asked, self._budget)
-        return [a for one in answers for a in one]
-
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], adapters: Sequence[Adapter], sampling: Sampling
@@ -111,16 +105,39 @@ class Engine:
         loaded = load(self._base, adapters, self._adapter)
         call = _Call(self._base, loaded, drawing, [a.name for a in adapters], self._budget)
         # Long ones first, so that those who are live together are about as long.
-        order = sorted(
-            (Live(p, w) for p, w in zip(prompts, writings, strict=True)),
-            key=lambda s: (s.prompt.adapter, -len(s.prompt.ids) - s.most),
-        )
+        all_ = [Live(p, w, self._single(p, w.request))
+                for p, w in zip(prompts, writings, strict=True)]  # fmt: skip
+        order = sorted(all_, key=lambda s: (s.prompt.adapter, -len(s.prompt.ids) - s.most))
         try:
             call.first_tokens(deque(s for s in order if s.most == 1))
             call.write(deque(s for s in order if s.most > 1), longest, self._cache_rows)
+            self._rank(
+                loaded, [s for s in order if len(s.choices) < len(s.writing.request.choices)]
+            )
         finally:
             self._base.rest()
-        return [w.output() for w in writings]
+        return [replace(s.writing.output(), logprob=s.logprob) for s in all_]
+
+    def _single(self, prompt: Prompt, request: Request) -> np.ndarray:
+        """The choices as tokens that follow the prompt, where each is one; else nothing."""
+        if not request.choices:
+            return np.empty(0, dtype=np.int64)
+        asked, n = question(self._tokenizer, request.prompt, request.choices), len(prompt.ids)
+        single = all(len(c) == n + 1 and (c[:n] == prompt.ids).all() for c in asked.choices)
+        return np.array([c[-1] for c in asked.choices] if single else [], dtype=np.int64)
+
+    def _rank(self, loaded: Loaded, rest: Sequence[Live]) -> None:
+        """Log-probabilities of choices of several tokens, in passes of their own."""
+        for adapter, run in groupby(rest, key=lambda s: s.prompt.adapter):
+            some = list(run)
+            asked = [question(self._tokenizer, r.prompt, r.choices)
+                     for r in (s.writing.request for s in some)]  # fmt: skip
+            (found,) = answer(
+                self._base, loaded.rows[adapter][None], loaded.scale[adapter][None], asked,
+                self._budget,
+            )  # fmt: skip
+            for sequence, one in zip(some, found, strict=True):
+                sequence.logprob = tuple(one.logprob.tolist())
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
@@ -171,7 +188,9 @@ class _Call:
             cache.fill(rows, prompts + first, positions)
         work = self._loaded.work(base, batch.segments, batch.label_rows, batch.label_segments)
         hidden = base.hidden(batch.input_ids, batch.position_ids, work, cache)
-        self._add([group[i] for i in filled.order], hidden)
+        rows, z = [group[i] for i in filled.order], base.logits(hidden)
+        self._read_choices(rows, z)
+        self._add(rows, z)
 
     def _step(self, live: Sequence[Live], cache: Cache) -> None:
         """Write one more token of every sequence."""
@@ -183,7 +202,7 @@ class _Call:
         ids = on_device(np.array([s.writing.tokens[-1] for s in rows]), base.device)
         work = self._loaded.work(base, self._segments([s.prompt.adapter for s in rows]))
         at = on_device(positions, base.device)
-        self._add(rows, base.hidden(ids, at, work, cache))
+        self._add(rows, base.logits(base.hidden(ids, at, work, cache)))
 
     def _segments(self, adapters: Sequence[int]) -> Segments:
         """One row a sequence; they do not meet in attention, so an adapter's are one segment."""
@@ -193,9 +212,21 @@ class _Call:
             self._rows = key, Segments.build(lengths, slots, ranks=self._loaded.ranks)
         return self._rows[1]
 
-    def _add(self, rows: Sequence[Live], hidden: Tensor) -> None:
+    def _read_choices(self, rows: Sequence[Live], z: Tensor) -> None:
+        """Log-probabilities of the choices that are one token: no row of their own is needed."""
+        counts = np.array([len(s.choices) for s in rows])
+        if not counts.any():
+            return
+        row = on_device(np.repeat(np.arange(len(rows)), counts), z.device)
+        token = on_device(np.concatenate([s.choices for s in rows]), z.device)
+        found = (z[row, token] - torch.logsumexp(z, -1)[row]).double().cpu().numpy()
+        for sequence, values in zip(rows, np.split(found, counts.cumsum()[:-1]), strict=True):
+            sequence.logprob = tuple(values.tolist())
+
+    def _add(self, rows: Sequence[Live], z: Tensor) -> None:
+        """Choose each one's next token; the logits z (n, V) are overwritten."""
         chosen = self._drawing(
-            self._base.logits(hidden), [s.prompt.request for s in rows],
+            z, [s.prompt.request for s in rows],
             [(s.prompt.ids, s.writing.tokens) for s in rows],
         )  # fmt: skip
         for sequence, token in zip(rows, chosen, strict=True):

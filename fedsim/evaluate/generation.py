@@ -36,6 +36,7 @@ class Request:
         max_new: most new tokens, at least 1.
         stop: the continuation ends before the first of these texts.
         decided: continuation so far -> True once nothing further matters; then it may end early.
+        choices: answers whose log-probabilities are wanted as well, of a backend that ranks.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Request:
     max_new: int
     stop: tuple[str, ...] = ()
     decided: Callable[[str], bool] | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,21 @@ class Output:
 
     Attributes:
         tokens: all that were written, with the one that ended the text.
+        logprob: of each of the request's choices, after the prompt and a space; () without any,
+            and from a backend that does not rank.
     """
 
     text: str
     tokens: tuple[int, ...]
     end: End
+    logprob: tuple[float, ...] = ()
 
 
 class Backend(Protocol):
     """Continues texts under many adapters in one call.
 
     Attributes:
-        ranks: it also compares the likelihoods of choices, with a method `likelihood`.
+        ranks: its outputs have the log-probabilities of the requests' choices.
     """
 
     name: str

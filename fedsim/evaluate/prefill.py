@@ -75,7 +75,10 @@ def _shared(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
 def pack(prompts: Sequence[Prompt], ranks: tuple[int, ...], device: torch.device) -> Prefill:
     """Pack prompts, those of an adapter adjacent and adapters ascending."""
     packer, slot = Packer(), -1
-    order, index, rows, kept = [], [], [], []
+    order: list[int] = []
+    index: list[int] = []
+    rows: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
     for branch in tree(*_shared(prompts), range(len(prompts))):
         prompt = prompts[branch.sequence]
         if prompt.adapter != slot:

@@ -43,6 +43,7 @@ End = Literal[
 ]
 
 LIMITS = Limits()
+_WATCHED: tuple[End, ...] = ("timeout", "memory", "processes")
 _NOBODY = 65534
 _SLACK = 120.0  # seconds beyond all limits after which the jail itself must hang
 _TRIVIAL = {
@@ -198,8 +199,9 @@ def _within(box: str, program: Program, limits: Limits, walls: Walls) -> Verdict
 
 
 def _end(report: Report, stderr: str) -> End:
-    if report.stopped == "timeout" or report.stopped == "memory" or report.stopped == "processes":
-        return report.stopped
+    for limit in _WATCHED:
+        if report.stopped == limit:
+            return limit
     code = os.waitstatus_to_exitcode(report.status) if report.status >= 0 else -signal.SIGKILL
     if code == 0:
         return "passed" if report.proved else "early"

@@ -11,7 +11,6 @@ import numpy as np
 
 from fedsim.core import Score
 from fedsim.evaluate import sandbox
-from fedsim.evaluate.choices import Answer
 from fedsim.evaluate.generation import Adapter, Backend, Output, Request, Sampling
 from fedsim.evaluate.statistics import proportion
 from fedsim.evaluate.suite import Questions, Suite
@@ -66,31 +65,26 @@ def answer(subject: Subject, name: str, task: Questions) -> list[dict[str, Any]]
     lengths = most_tokens(form, task.items, subject.tokenizer)
     requests = [
         Request(item.prompt, a, most, form.generation.stop,
-                partial(form.decided, item) if form.decided else None)
+                partial(form.decided, item) if form.decided else None,
+                item.choices if form.likelihood and subject.backend.ranks else ())
         for a in range(len(subject.adapters))
         for item, most in zip(task.items, lengths, strict=True)
     ]  # fmt: skip
     outputs = subject.backend.generate(requests, subject.adapters, sampling(form, subject.defaults))
-    ranked: list[Answer | None] = [None] * len(requests)
-    if form.likelihood and subject.backend.ranks:
-        ranked = subject.backend.likelihood(  # type: ignore[attr-defined]
-            [item.prompt for item in task.items], [item.choices for item in task.items],
-            subject.adapters,
-        )  # fmt: skip
     lines = []
     grades = [g for a in range(len(subject.adapters))
               for g in grade(form, task.items, outputs[a * n : (a + 1) * n])]  # fmt: skip
-    for i, (output, marks, ranking) in enumerate(zip(outputs, grades, ranked, strict=True)):
+    for i, (output, marks) in enumerate(zip(outputs, grades, strict=True)):
         a, item = i // n, task.items[i % n]
         line: dict[str, Any] = {
             "round": subject.rounds[a], "adapter": subject.adapters[a].name, "task": name,
             "index": i % n, "prompt": item.prompt, "gold": item.gold, "output": output.text,
             "end": output.end, **marks,
         }  # fmt: skip
-        if ranking is not None:
-            best = item.choices[int(np.argmax(ranking.logprob))]
+        if output.logprob:
+            best = item.choices[int(np.argmax(output.logprob))]
             line |= {
-                "choice": best, "logprob": [float(f"{v:.5g}") for v in ranking.logprob],
+                "choice": best, "logprob": [float(f"{v:.5g}") for v in output.logprob],
                 "likelihood": best == item.gold,
             }  # fmt: skip
         lines.append(line)
