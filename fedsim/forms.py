@@ -25,7 +25,7 @@ class Quiz:
     """A question with lettered options.
 
     Raises:
-        ValueError: there is no option of number `gold`.
+        ValueError: there are more options than letters, or none of number `gold`.
         TypeError: a text is none.
     """
 
@@ -35,6 +35,7 @@ class Quiz:
 
     def __post_init__(self) -> None:
         texts(self.question, *self.options)
+        number(len(self.options), len(extraction.LETTERS) + 1)
         number(self.gold, len(self.options))
 
     @property
@@ -54,7 +55,7 @@ def number(value: Any, n: int) -> int:
     """A stored label as a whole number from 0 to n - 1. Raises ValueError and TypeError."""
     i = int(value)
     if i != float(value) or not 0 <= i < n:
-        raise ValueError(f"label: got {repr(value)}; expected a whole number from 0 to {n - 1}")
+        raise ValueError(f"got {repr(value)}; expected a whole number from 0 to {n - 1}")
     return i
 
 

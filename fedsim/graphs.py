@@ -31,7 +31,7 @@ from fedsim_kernels.cuda.tiles import PIECE, ROWS, tile_tables
 from fedsim_kernels.dispatch import chosen
 from fedsim_kernels.segments import Segments
 
-MOST = 8  # graphs; two rows of buckets of a budget's last eighth, and lane ends
+MOST = 8  # graphs
 GRAIN = 256  # rows and labels: the largest tile, and a chunk of the head
 # Parameters x rows from where on the products hide the launches: 18,000 rows of 135 M.
 WORK = 2.5e12

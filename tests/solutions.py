@@ -23,13 +23,9 @@ JAVASCRIPT = {
 }
 
 CPP = {
-    "HumanEval_53_add": "    return x + y;\n",
     "HumanEval_55_fib": "    return n < 2 ? n : fib(n - 1) + fib(n - 2);\n",
     "HumanEval_23_strlen": "    return string.size();\n",
     "HumanEval_45_triangle_area": "    return a * h / 2.0f;\n",
-    "HumanEval_24_largest_divisor": (
-        "    for (long d = n - 1; d > 0; d--) if (n % d == 0) return d;\n    return 0;\n"
-    ),
     "HumanEval_13_greatest_common_divisor": (
         "    return b ? greatest_common_divisor(b, a % b) : a;\n"
     ),

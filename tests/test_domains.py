@@ -501,7 +501,8 @@ BROKEN = [
     ("pubmedqa", {"CONTEXTS": "one text"}), ("fpb", {"label": 3}), ("fpb", {"label": "x"}),
     ("fiqa", {"sentiment_score": float("nan")}), ("tfns", {"text": None}), ("tfns", {"label": -1}),
     ("humaneval", {"prompt": 3}), ("mbpp", {"test_list": []}), ("mbpp", {"test_list": "assert"}),
-    ("multipl_js", {"tests": None}),
+    ("multipl_js", {"tests": None}), ("fpb", {"sentence": "\ud800"}),
+    ("medqa", {"options": [{"value": "x"}] * 27, "answer": "x"}),
 ]  # fmt: skip
 
 
@@ -539,6 +540,15 @@ def test_rows_of_the_hub_and_of_a_directory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"input": "x", "target": "F"}])
     with pytest.raises(DataError, match=r"lukaemon/mmlu@main, row 0: column 'answer' is missing"):
         sources.load(Data(source="hub"), DOMAINS["general"], task.data, task.columns)
+
+
+def test_a_file_with_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "finance").mkdir()
+    with gzip.open(tmp_path / "finance" / "fpb.test.jsonl.gz", "wt") as file:
+        file.write('{"sentence": "x", "label": 1}\n{"sentence": "\\ud800", "label": 1}\n')
+    data, task = Data(source="directory", dir=str(tmp_path)), TASKS["fpb"]
+    with pytest.raises(DataError, match=r"fpb.test, row 1: a text is no Unicode"):
+        sources.load(data, DOMAINS["finance"], task.data, task.columns)
 
 
 def test_options_of_medqa_may_be_a_mapping() -> None:

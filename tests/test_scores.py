@@ -91,6 +91,12 @@ def test_a_batch_takes_the_first_golds_length() -> None:
     assert most_tokens(form(Generation(0, batch=3)), items, words) == [2, 2, 2, 1, 1]
 
 
+def test_a_batch_is_padded_to_its_longest_prompt() -> None:
+    """4 tokens less 2 of "and two?" for the first batch, less 1 for the second."""
+    items = [Item("one?"), Item("and two?"), Item("three?"), Item("four?")]
+    assert most_tokens(form(Generation(0, max_length=4, batch=2)), items, words) == [2, 2, 3, 3]
+
+
 def test_every_adapter_answers_every_question() -> None:
     texts = ["yes", "no", "no", "a", "no", "maybe not", "no", "b"]
     backend = Listed(texts)

@@ -22,7 +22,7 @@ class Vectors:
 
     Attributes:
         word: (nnz,) int64 indices into `vocabulary`.
-        weight: (nnz,) float64, (1 + log tf) log(E / df), each text's of norm 1.
+        weight: (nnz,) float64, (1 + log tf) log(E / df), each text's of norm 1 (or all 0).
         offsets: (E + 1,) int64.
     """
 
@@ -73,7 +73,8 @@ def vectors(texts: Sequence[str]) -> Vectors:
     times = np.fromiter((n for row in rows for n in row.values()), np.float64, offsets[-1])
     weight = (1 + np.log(times)) * idf[word]
     text = np.repeat(np.arange(len(texts)), np.diff(offsets))
-    weight /= np.sqrt(np.bincount(text, weight**2, len(texts)))[text]
+    norm = np.sqrt(np.bincount(text, weight**2, len(texts)))[text]
+    weight /= np.where(norm > 0, norm, 1)  # of two texts, the words that both have weigh nothing
     return Vectors(word, weight, offsets, tuple(kept))
 
 

@@ -30,10 +30,16 @@ class Rows:
         return len(self.rows)
 
 
-def _digest(rows: Iterable[Row], columns: tuple[str, ...]) -> str:
+def _digest(rows: Iterable[Row], origin: str, columns: tuple[str, ...]) -> str:
     h = hashlib.sha256()
-    for row in rows:
-        h.update(json.dumps([row[c] for c in columns], ensure_ascii=False).encode())
+    for i, row in enumerate(rows):
+        try:
+            h.update(json.dumps([row[c] for c in columns], ensure_ascii=False).encode())
+        except UnicodeEncodeError as half:
+            raise DataError(
+                f"{origin}, row {i}: a text is no Unicode ({half.reason})",
+                remedy="Mend or remove the row.",
+            ) from None
     return h.hexdigest()
 
 
@@ -48,7 +54,7 @@ def _check(rows: list[dict[str, Any]], origin: str, columns: tuple[str, ...]) ->
                 expected=f"columns {', '.join(columns)}",
                 remedy=f"The row has {', '.join(row)}.",
             )
-    return Rows(rows, origin, _digest(rows, columns))
+    return Rows(rows, origin, _digest(rows, origin, columns))
 
 
 def directory(data: Data) -> Path:
@@ -82,7 +88,7 @@ def _read_directory(data: Data, domain: Domain, dataset: DataSet) -> list[dict[s
                 if not isinstance(row, dict):
                     raise ValueError(f"a row is an object, not {line.strip()[:40]!r}")
                 rows.append(row)
-    except (OSError, EOFError, ValueError, zlib.error) as failure:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as failure:
         raise DataError(
             f"{path}, line {len(rows) + 1}: {failure}",
             expected="gzip-compressed JSON lines",

@@ -65,10 +65,10 @@ def medqa(row: Row) -> Quiz:
 
 def _statement(row: Row) -> tuple[str, str]:
     """Contexts and question, a line each; the decision. Raises ValueError if it is none."""
-    gold = row["final_decision"]
+    gold, (question,) = row["final_decision"], texts(row["QUESTION"])
     if gold not in DECISIONS:
         raise ValueError(f"final_decision: got {repr(gold)}; expected yes, no or maybe")
-    return "\n".join((*listed(row["CONTEXTS"]), *texts(row["QUESTION"]))), gold
+    return "\n".join(listed(row["CONTEXTS"])) + f"\n{question}", gold
 
 
 def _official_statement(row: Row) -> Item:

@@ -58,7 +58,14 @@ class Live:
 
 
 class Engine:
-    """The shared base as a backend."""
+    """The shared base as a backend.
+
+    Args:
+        adapter: of the run whose rows are evaluated, for their scale.
+        budget: packed tokens of one pass of prompts.
+        cache_rows: tokens in the cache at once; as many sequences are live as have room for the
+            call's longest, at least one.
+    """
 
     name = "engine"
     ranks = True
@@ -67,13 +74,6 @@ class Engine:
         self, base: Base, tokenizer: Any, adapter: config.Adapter, budget: int, *,
         cache_rows: int = CACHE_ROWS,
     ) -> None:  # fmt: skip
-        """
-        Args:
-            adapter: of the run whose rows are evaluated: their scale.
-            budget: packed tokens of one pass of prompts.
-            cache_rows: tokens in the cache at once; as many sequences are live as have room for
-                the call's longest, at least one.
-        """
         self._base, self._tokenizer, self._adapter = base, tokenizer, adapter
         self._budget, self._cache_rows = budget, cache_rows
         self._settings = getattr(base.model, "generation_config", None)
@@ -165,9 +165,11 @@ class _Call:
         cache = Cache(slots, longest)
         live: list[Live] = []
         while waiting or live:
-            # A pass of prompts costs as much as many steps, so it waits until it can be large.
-            if waiting and 4 * len(live) <= 3 * slots:
-                group = self._next(waiting, min(slots - len(live), _PROMPTS))
+            # A pass of few prompts shares little and costs as much as many steps, so it waits until
+            # a quarter of the slots is free, or enough for all who wait.
+            free = slots - len(live)
+            if waiting and (4 * free >= slots or free >= len(waiting)):
+                group = self._next(waiting, min(free, _PROMPTS))
                 self._prefill(group, cache, len(live))
                 live += group
             else:

@@ -93,18 +93,17 @@ def answer(subject: Subject, name: str, task: Questions) -> list[dict[str, Any]]
 
 def most_tokens(form: Form, items: Sequence[Item], tokenizer: Any) -> list[int]:
     """New tokens that each answer may have, at least 1 (see `domains.Generation`)."""
-    generation = form.generation
-    most = [generation.max_new] * len(items)
-    if not generation.max_new:
-        for first in range(0, len(items), generation.batch):
-            gold = tokenizer(items[first].gold, add_special_tokens=False)["input_ids"]
-            most[first : first + generation.batch] = [len(gold)] * len(
-                items[first : first + generation.batch]
-            )
-    if generation.max_length is not None and items:
-        given = tokenizer([item.prompt for item in items])["input_ids"]
-        room = [generation.max_length - len(ids) for ids in given]
-        most = [min(m, r) if generation.max_new else r for m, r in zip(most, room, strict=True)]
+    generation, most = form.generation, []
+    given = [len(ids) for ids in tokenizer([item.prompt for item in items])["input_ids"]]
+    for first in range(0, len(items), generation.batch):
+        batch = slice(first, first + generation.batch)
+        n = generation.max_new
+        if generation.max_length is not None:  # the script pads a batch to its longest prompt
+            room = generation.max_length - max(given[batch])
+            n = min(n, room) if n else room
+        elif not n:
+            n = len(tokenizer(items[first].gold, add_special_tokens=False)["input_ids"])
+        most += [n] * len(given[batch])
     return [max(m, 1) for m in most]
 
 

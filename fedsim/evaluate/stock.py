@@ -18,7 +18,13 @@ from fedsim.weights import Weights
 
 
 class Stock:
-    """A causal LM as transformers loads it; 4-bit bases have their values, not their memory."""
+    """A causal LM as transformers loads it; 4-bit bases have their values, not their memory.
+
+    Args:
+        batch: prompts of one call of `generate`; in a batch, the shorter ones are padded.
+        padding: "tokenizer": on that tokenizer's own side, as the official finance script has it.
+            On the right, short prompts are continued behind their padding.
+    """
 
     name = "transformers"
     ranks = False
@@ -27,12 +33,6 @@ class Stock:
         self, weights: Weights, tokenizer: Any, config: Config, *, batch: int = 1,
         padding: Literal["left", "tokenizer"] = "left",
     ) -> None:  # fmt: skip
-        """
-        Args:
-            batch: prompts of one call of `generate`; in a batch, the shorter ones are padded.
-            padding: "tokenizer": on that tokenizer's own side, as the official finance script has
-                it. On the right, short prompts are continued behind their padding.
-        """
         self._model = model.stock(weights, config, pick_device(config.run.device)).eval()
         self._tokenizer, self._batch, self._padding = tokenizer, batch, padding
         self._eos = ends(tokenizer, self._model.generation_config)
