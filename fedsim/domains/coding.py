@@ -49,7 +49,7 @@ def mbpp_set_up(row: Row) -> Item:
 def multipl(row: Row) -> Item:
     """The prompt without the space around it; the function's name is on its last line."""
     prompt, tests = texts(row["prompt"], row["tests"])
-    called = re.search(r"(\w+)\(", prompt.strip().rpartition("\n")[2])
+    called = re.search(r"\b(\w+)\(", prompt.strip().rpartition("\n")[2])  # \b: in linear time
     name = called[1] if called else ""
     return Item(prompt.strip(), facts={"tests": tests, "name": name})
 
