@@ -66,13 +66,13 @@ class Bomb:
         setattr(owner, name, counted)
 
     def arm(self) -> None:
-        from fedsim import evaluate
         from fedsim.adapters import AdapterBank
+        from fedsim.evaluate import scores
 
         for name in ("fsync", "replace", "link", "mkdir", "unlink", "rmdir"):
             self.before(os, name, name)
         self.before(AdapterBank, "step", "step")
-        self.before(evaluate, "answer", "answer")
+        self.before(scores, "answer", "answer")
         open_path = Path.open
 
         def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
