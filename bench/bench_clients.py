@@ -9,7 +9,9 @@ steps; `flowertune` is 5 clients x batch 16, `small_batch` 16 clients x batch 2.
     b0                    stock transformers and PEFT, one client after another, batches padded to
                           their longest, no checkpointing; in the fastest of {sdpa, eager} x {bf16,
                           fp32}, found by timing one `flowertune` step of each in the same run
-    b0_default            the same as `from_pretrained` sets it: sdpa, the checkpoint's dtype (bf16)
+    b0_default            the same as `from_pretrained` sets it: sdpa, the checkpoint's dtype, bf16
+
+Where the processor has no bf16 products every arm is fp32.
 
 All train the same examples from the same row. Timed is everything from that row to the trained
 adapters: optimiser state, resets, packing or padding, all steps; models are loaded and texts
@@ -41,10 +43,10 @@ import harness
 from harness import Arm, Timed
 from stock import Stock, Trained
 
-from fedsim import seeds
+from fedsim import model, seeds
 from fedsim.adapters import initial_row
 from fedsim.config import Config, build
-from fedsim.core import LocalRule, RoundPlan
+from fedsim.core import LocalRule, RoundPlan, pick_device
 from fedsim.data import partition
 from fedsim.errors import DataError, FedSimError, ModelError, RunError
 from fedsim.plan import plan_round, step_examples
@@ -172,10 +174,17 @@ def arm(train: Callable[[Work], Trained], work: Work, repeats: int | None = None
     return Arm(lambda: train(work), lambda: train(work.short()), repeats)
 
 
+def dtypes() -> tuple[torch.dtype, ...]:
+    """What stock runs in: bf16 only where the processor has it. On two AVX2 cores one bf16 step
+    of the `flowertune` setting had not ended after seven minutes."""
+    fast = model.compute_dtype(Config(), pick_device("auto"))
+    return tuple(dict.fromkeys((fast, torch.float32)))
+
+
 def probe(work: Work) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of one stock step, after one to warm up, in every setting; and the fastest."""
     spent: dict[str, float] = {}
-    for attention, dtype in product(("sdpa", "eager"), (torch.bfloat16, torch.float32)):
+    for attention, dtype in product(("sdpa", "eager"), dtypes()):
         asked = {"attn_implementation": attention, "dtype": dtype}
         stock = open_stock(work, **asked)
         one = {stock.setting: arm(partial(stock_round, stock), work.short())}
@@ -187,7 +196,7 @@ def probe(work: Work) -> tuple[dict[str, float], dict[str, Any]]:
 
 def measure(name: str, work: Work, fastest: dict[str, Any], quick: bool) -> dict[str, Any]:
     """Time the arms of one setting. Raises RunError if their tokens differ."""
-    stock, default = open_stock(work, **fastest), open_stock(work)
+    stock, default = open_stock(work, **fastest), open_stock(work, dtype=dtypes()[0])
     train, dropout = work.config.train, work.config.adapter.dropout
     arms = {"engine": arm(engine_round, work), "b0": arm(partial(stock_round, stock), work)}
     arms["b1"] = arm(engine_round, work.train(slots=1))
