@@ -127,6 +127,8 @@ def test_bench_clients(
     small = {n: (2, 2, dropout) for n, (_, _, dropout) in bench.SETTINGS.items()}
     monkeypatch.setattr(bench, "SETTINGS", small)
     monkeypatch.setattr(bench, "FULL", (3, 2))
+    assert bench.dtypes()[-1] == torch.float32
+    monkeypatch.setattr(bench, "dtypes", lambda: (torch.bfloat16, torch.float32))  # on any machine
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     threads = str(torch.get_num_threads())
     options = ["--model", str(tiny("llama")), "--data", str(data), "--threads", threads]

@@ -94,7 +94,9 @@ def compare(both: Any, asked: Sequence[Request]) -> list[float]:
 def test_a_few_prompts(both: Any) -> None:
     rows = finance.test()
     texts = [f"Input: {row['sentence']}\nAnswer: " for row in rows[:10]]
-    letters = [f"Question: {row['sentence']}\nA. good\nB. bad\nThe answer is:" for row in rows[10:22]]
+    letters = [
+        f"Question: {row['sentence']}\nA. up\nB. down\nThe answer is:" for row in rows[10:22]
+    ]
     asked = [Request(t, a, 1) for a in (0, 1) for t in letters]
     asked += [Request(t, a, 6 + 5 * i) for a in (0, 1) for i, t in enumerate(texts[:4])]
     asked.append(Request("def add(a, b):\n", 0, 24, ("\n\n", "\ndef")))
