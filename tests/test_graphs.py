@@ -5,7 +5,7 @@ recorded with, and must then meet the same operations, shapes, numbers and addre
 that a CUDA graph has. Proved here: training through recorded passes is bitwise that without, in
 C++, in PyTorch and in Triton's interpreter; in strict mode also that of passes that were not filled
 up; padding of NaN reaches nobody; passes of one key make the same launches; tables are filled up
-with nothing; graphs are bounded; a recording that gives other numbers is refused. About 40 s.
+with nothing; graphs are bounded; a recording that gives other numbers is refused. About 80 s.
 """
 
 from __future__ import annotations
