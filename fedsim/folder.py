@@ -80,7 +80,8 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: a question may hold U+2028 or U+0085, which JSON leaves as they are.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
