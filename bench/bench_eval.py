@@ -5,7 +5,10 @@ under protocol `flowertune`, fp32 (the official precision). Figures:
 
     choice_vs_official  seconds of the official loop for multiple choice (bitsandbytes' fp4 base,
                         fp32 compute, stock PEFT, generate() one prompt at a time) over the engine's
+    choice_vs_bf16      the same loop as bitsandbytes runs it by itself on a CPU with bf16: its
+                        4-bit product then rounds to bf16, whatever the compute dtype
     choice_vs_dense     the same loop on the same dense weights that the engine multiplies with
+    ..._prefix          the three for MedMCQA, whose prompts begin alike; the others are MMLU's
     eight_adapters      eight adapters in one call over eight calls of one
     vllm_one, vllm_many transformers' seconds on coding prompts over vLLM's, one request at a time
                         and 32 at once; both greedy, as many new tokens; left out without vLLM
@@ -45,8 +48,8 @@ from fedsim.evaluate.scores import answer, most_tokens
 from fedsim.evaluate.stock import Stock
 from fedsim.plan import pass_budget
 
-CHOICE = ("general", "mmlu_humanities")
-KINDS = {"choice": CHOICE, "sentiment": ("finance", "fpb"), "code": ("coding", "humaneval")}
+CHOICE = {"": ("general", "mmlu_humanities"), "_prefix": ("medical", "medmcqa")}
+KINDS = {"choice": CHOICE[""], "sentiment": ("finance", "fpb"), "code": ("coding", "humaneval")}
 GREEDY = Sampling()
 VLLM = Path(".venv-vllm/bin/python")
 TOKENS = 48  # new ones of a coding answer, in the comparison with vLLM
@@ -68,6 +71,7 @@ class Work:
     """One task's questions, the engine, and adapters on disk."""
 
     config: Config
+    base: model.Base
     engine: Engine
     tokenizer: Any
     found: weights.Weights
@@ -101,7 +105,7 @@ def open_work(config: Config, folder: Path, count: int) -> Work:
         adapters.append(Adapter(place.name, place))
     engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
     (task,) = config.evaluate.tasks
-    return Work(config, engine, tokenizer, found, adapters, task)
+    return Work(config, base, engine, tokenizer, found, adapters, task)
 
 
 def random_row(layout: Any, seed: int) -> Tensor:
@@ -115,9 +119,12 @@ def random_row(layout: Any, seed: int) -> Tensor:
 
 
 class OfficialLoop:
-    """generate() prompt by prompt under stock PEFT, over bitsandbytes' own 4-bit linears."""
+    """generate() prompt by prompt under stock PEFT, over bitsandbytes' own 4-bit linears.
 
-    def __init__(self, work: Work) -> None:
+    `bf16`: let bitsandbytes compute in bf16 where it wants to on this processor.
+    """
+
+    def __init__(self, work: Work, bf16: bool) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -125,6 +132,9 @@ class OfficialLoop:
             work.found.path, dtype=torch.float32,
             quantization_config=BitsAndBytesConfig(load_in_4bit=True),
         )  # fmt: skip
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu &= bf16
         self.model = PeftModel.from_pretrained(base, work.adapters[0].folder).eval()
         self.tokenizer = work.tokenizer
 
@@ -145,27 +155,32 @@ def tokens_of(backend: Any, requests: Sequence[Request], adapters: Sequence[Adap
     return [output.tokens for output in backend.generate(requests, adapters, GREEDY)]
 
 
-def choice(work: Work, repeats: int) -> dict[str, Figure]:
-    """The engine against both loops, on the same questions."""
+def choice(work: Work, repeats: int, suffix: str) -> dict[str, Figure]:
+    """The engine against the loops, on the same questions."""
     one, requests = work.adapters[:1], work.requests(1)
-    dense, loop = Stock(work.found, work.tokenizer, work.config), OfficialLoop(work)
+    dense = Stock(work.found, work.tokenizer, work.config)
+    loops = {"official": OfficialLoop(work, False), "bf16": OfficialLoop(work, True)}
+    if not any(getattr(m, "support_avx512bf16_for_cpu", 0) for m in loops["bf16"].model.modules()):
+        del loops["bf16"]
     ours = tokens_of(work.engine, requests, one)
     if ours != tokens_of(dense, requests, one):
         raise RunError("the engine's answers differ from those of the dense loop")
-    same = sum(a == b for a, b in zip(ours, loop(requests), strict=True)) / len(requests)
+    n, same = len(requests), {"dense": 1.0}
+    for name, loop in loops.items():
+        same[name] = sum(a == b for a, b in zip(ours, loop(requests), strict=True)) / n
     timed = harness.time_arms({
         "engine": Arm(partial(tokens_of, work.engine, requests, one)),
         "dense": Arm(partial(tokens_of, dense, requests, one)),
-        "official": Arm(partial(loop, requests), repeats=min(repeats, 2)),
+        **{name: Arm(partial(loop, requests), repeats=min(repeats, 2))
+           for name, loop in loops.items()},
     }, repeats, "choice")  # fmt: skip
-    n = len(requests)
     return {
-        f"choice_vs_{name}": harness.figure(
+        f"choice_vs_{name}{suffix}": harness.figure(
             harness.ratio(timed[name].seconds, timed["engine"].seconds), examples=n,
             per_second={"engine": n / timed["engine"].median, name: n / timed[name].median},
-            same_answers=same if name == "official" else 1.0,
+            same_answers=agree,
         )
-        for name in ("official", "dense")
+        for name, agree in same.items()
     }  # fmt: skip
 
 
@@ -217,7 +232,7 @@ def vllm(work: Work, repeats: int) -> dict[str, Figure]:
 def speed(work: Work, repeats: int) -> Figure:
     """Examples per second: answers written and graded, everything that a score takes."""
     subject = Subject(
-        work.engine, work.tokenizer, work.adapters[:1], [0], work.engine.base.precision, GREEDY
+        work.engine, work.tokenizer, work.adapters[:1], [0], work.base.precision, GREEDY
     )
     asked = work.questions
     run = partial(answer, subject, work.task, asked)
@@ -231,9 +246,10 @@ def run(name: str, data: Path, quick: bool) -> dict[str, Any]:
     n, repeats = (32, 2) if quick else (128, 5)
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as folder:
-        work = open_work(configure(name, data, *CHOICE, n), Path(folder), 8)
-        figures |= choice(work, repeats)
-        few = open_work(configure(name, data, *CHOICE, max(4, n // 8)), Path(folder), 8)
+        for suffix, which in CHOICE.items():
+            work = open_work(configure(name, data, *which, n), Path(folder), 1)
+            figures |= choice(work, repeats, suffix)
+        few = open_work(configure(name, data, *CHOICE[""], max(4, n // 8)), Path(folder), 8)
         figures["eight_adapters"] = eight_adapters(few, repeats)
         for kind, (domain, task) in KINDS.items():
             config = configure(name, data, domain, task, n if kind == "choice" else n // 4)
@@ -241,13 +257,17 @@ def run(name: str, data: Path, quick: bool) -> dict[str, Any]:
             figures[f"examples_per_second_{kind}"] = speed(work, 1 if kind == "code" else repeats)
         if VLLM.is_file():
             figures |= vllm(work, repeats)
-    return {"quick": quick, "machine": harness.machine(work.engine.base.device),
-            "dtype": work.engine.base.precision, "figures": figures}  # fmt: skip
+    return {"quick": quick, "machine": harness.machine(work.base.device),
+            "dtype": work.base.precision, "figures": figures}  # fmt: skip
 
 
 TITLES = {
-    "choice_vs_official": "multiple choice, x the official loop (fp4, one prompt at a time)",
-    "choice_vs_dense": "multiple choice, x the same loop on dense weights",
+    "choice_vs_official": "MMLU, x the official loop (fp4, fp32 compute, one prompt at a time)",
+    "choice_vs_bf16": "MMLU, x the same, bitsandbytes rounding to bf16",
+    "choice_vs_dense": "MMLU, x the same loop on dense fp32 weights",
+    "choice_vs_official_prefix": "MedMCQA, x the official loop",
+    "choice_vs_bf16_prefix": "MedMCQA, x the same, bitsandbytes rounding to bf16",
+    "choice_vs_dense_prefix": "MedMCQA, x the same loop on dense fp32 weights",
     "eight_adapters": "eight adapters in one call / eight calls",
     "vllm_one": "coding, vLLM x transformers, one request at a time",
     "vllm_many": "coding, vLLM x transformers, 32 requests",

@@ -56,7 +56,7 @@ class Step:
         self.plan = RoundPlan(
             round=1, client_ids=np.arange(clients), weights=1.0 * ones, rank=16 * ones,
             scale=2.0 * ones, steps=ones, lr=5e-5 * ones, version=0 * ones,
-            lanes=(np.arange(clients),),
+            lanes=(np.arange(clients),), population=clients,
         )  # fmt: skip
         if base:
             self.plan = replace(self.plan, rank=base.layout.rank * ones)

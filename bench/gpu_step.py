@@ -99,7 +99,7 @@ class Round:
         self.plan = RoundPlan(
             round=1, client_ids=np.arange(clients), weights=1.0 * ones, rank=16 * ones,
             scale=2.0 * ones, steps=ones, lr=1e-4 * ones, version=0 * ones,
-            lanes=(np.arange(clients),),
+            lanes=(np.arange(clients),), population=clients,
         )  # fmt: skip
         self.start = initial_row(base.layout, SEED)
         noise = torch.Generator().manual_seed(SEED)

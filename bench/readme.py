@@ -21,6 +21,20 @@ TITLES = {
     "small_batch": "16 clients x batch 2",
     "flowertune_dropout": "FlowerTune with dropout 0.075",
 }
+EVALUATION = {
+    "choice_vs_official": ("MMLU: times the official loop (fp4 base, fp32 compute)", ">= 5"),
+    "choice_vs_bf16": ("... as bitsandbytes runs it here, rounding to bf16", ""),
+    "choice_vs_dense": ("... times the same loop on the same dense fp32 weights", ">= 2"),
+    "choice_vs_official_prefix": ("MedMCQA: times the official loop", ">= 5"),
+    "choice_vs_bf16_prefix": ("... as bitsandbytes runs it here, rounding to bf16", ""),
+    "choice_vs_dense_prefix": ("... times the same loop on dense fp32 weights", ">= 2"),
+    "eight_adapters": ("eight adapters in one call, over eight calls", "<= 0.9"),
+    "examples_per_second_choice": ("MMLU, examples/s", ""),
+    "examples_per_second_sentiment": ("finance sentiment, examples/s", ""),
+    "examples_per_second_code": ("HumanEval, examples/s, graded", ""),
+    "vllm_one": ("coding: vLLM times transformers, one request at a time", ""),
+    "vllm_many": ("coding: vLLM times transformers, 32 requests", ""),
+}
 
 
 def demo() -> str:
@@ -92,6 +106,62 @@ def engine() -> str:
     ])  # fmt: skip
 
 
+def evaluation() -> str:
+    """Answers a second, from eval.json."""
+    file = RESULTS / "eval.json"
+    if not file.is_file():
+        return ""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = ["| evaluation, protocol flowertune | measured | target |", "|---|---|---|"]
+    for key, f in result["figures"].items():
+        title, target = EVALUATION[key]
+        spread = "" if f["n"] == 1 else f" ({_three(f['low'])} to {_three(f['high'])})"
+        lines.append(f"| {title} | {_three(f['value'])}{spread} | {target} |")
+    return "\n".join([
+        *lines, "",
+        f"SmolLM2-135M-Instruct in {result['dtype']} under a rank-16 adapter on every linear; "
+        f"{machine['cpu']}, {machine['threads']} threads, "
+        f"{', '.join(machine['flags']) or 'no bf16 instructions'}; answers equal before anything "
+        "is timed. `bench/bench_eval.py` says what each figure is.",
+    ])  # fmt: skip
+
+
+def domains() -> str:
+    """What federated training did in each domain, from domains.json."""
+    file = RESULTS / "domains.json"
+    if not file.is_file():
+        return ""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| domain | task, metric | n | zero-shot | federated (each seed) | change, 95 % "
+        "| majority | above it, 95 % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        seeds = ", ".join(f"{100 * s:.1f}" for s in r["seeds"])
+        known, above = "", ""
+        if r["majority"] is not None:
+            known = f"{100 * r['majority']:.1f}"
+            above = f"{100 * r['above_low']:+.1f} to {100 * r['above_high']:+.1f}"
+        lines.append(
+            f"| {r['domain']} | {r['task']}, {r['metric']} | {r['n']} | {100 * r['before']:.1f} "
+            f"| {100 * r['after']:.1f} ({seeds}) "
+            f"| {100 * r['low']:+.1f} to {100 * r['high']:+.1f} | {known} | {above} |"
+        )
+    rounds = "; ".join(
+        f"{name}: {w[0]} rounds of {w[1]} clients, {w[2]} steps of {w[3]}"
+        for name, w in result["work"].items()
+    )
+    return "\n".join([
+        *lines, "",
+        "SmolLM2-135M-Instruct, protocol fedsim, the real training and test sets (subsets, n "
+        f"shown), {result['seeds']} seeds; intervals are paired over questions. {rounds}. "
+        f"`bench/domains.py` made it in {result['seconds'] / 60:.0f} minutes on "
+        f"{result['machine']['cpu']}, {result['machine']['threads']} threads.",
+    ])  # fmt: skip
+
+
 def _three(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -99,11 +169,13 @@ def _three(value: float) -> str:
 
 def render(text: str) -> str:
     """The README with its generated parts renewed."""
-    for name, content in (("demo", demo()), ("bench", clients()), ("engine", engine())):
+    parts = {"demo": demo, "bench": clients, "engine": engine, "eval": evaluation,
+             "domains": domains}  # fmt: skip
+    for name, make in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{content}\n{end}{after}"
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
     return text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,15 @@ from fedsim import seeds
 from fedsim.core import AdapterLayout
 
 
-def initial_row(layout: AdapterLayout, key: int) -> Tensor:
+def initial_row(layout: AdapterLayout, key: int, round: int = 0) -> Tensor:
     """A fresh adapter, (P,) fp32: A uniform in +-1/sqrt(I), B zero, so that B A = 0.
 
-    The distribution is PEFT's: Kaiming uniform with a = sqrt(5).
+    The distribution is PEFT's: Kaiming uniform with a = sqrt(5). Each round has its own draw.
     """
     row = torch.zeros(1, layout.size)
     for number, piece in enumerate(layout.pieces):
         if piece.kind == "A":
-            u = seeds.uniform(key, seeds.Purpose.INIT, piece.size, module=number)
+            u = seeds.uniform(key, seeds.Purpose.INIT, piece.size, module=number, round=round)
             bound = piece.shape[1] ** -0.5
             layout.view(row, piece).copy_(((2 * u - 1) * bound).view(1, *piece.shape))
     return row[0]
@@ -28,6 +30,7 @@ class AdapterBank:
     """fp32 rows, gradients and Adam moments of K slots: 16 bytes a number and slot.
 
     Attributes:
+        layout: of the rows.
         rows, grads: (K, P) fp32.
         factors, grad_factors: views of each, site by site.
     """
@@ -36,7 +39,7 @@ class AdapterBank:
         self, layout: AdapterLayout, slots: int, device: torch.device, *, lora_plus: float = 1.0
     ) -> None:
         """`lora_plus`: the learning rate of B over that of A (arXiv:2402.12354)."""
-        self.slots = slots
+        self.slots, self.layout = slots, layout
         shape = (slots, layout.size)
         self.rows = torch.zeros(shape, device=device)
         self.grads = torch.zeros(shape, device=device)
@@ -46,13 +49,19 @@ class AdapterBank:
         self.grad_factors = layout.site_views(self.grads)
         self._rank = layout.rank
         self._numbers = rank_numbers(layout).to(device)
+        self._lora_plus = lora_plus
+        self._lr_scale: Tensor | None = None
+        self.freeze(())
+
+    def freeze(self, kinds: Sequence[str]) -> None:
+        """Pieces of these kinds keep their values from now on, where their gradients are 0; the
+        others train."""
         self._lr_scale = None
-        if lora_plus != 1:
-            scale = torch.ones(1, layout.size)
-            for piece in layout.pieces:
-                if piece.kind == "B":
-                    layout.view(scale, piece).fill_(lora_plus)
-            self._lr_scale = scale[0].to(device)
+        if kinds or self._lora_plus != 1:
+            scale = torch.ones(self.layout.size)
+            scale[self.layout.mask(("B",))] = self._lora_plus
+            scale[self.layout.mask(kinds)] = 0.0  # neither steps nor decays
+            self._lr_scale = scale.to(self.rows.device)
 
     def cut(self, row: Tensor, rank: int) -> Tensor:
         """The row (P,) of a client of this rank: exactly zero beyond it."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Checkpoint:
     server: ServerState
     scores: list[dict[str, Any]]
     bytes_done: Mapping[str, int]  # JSONL file -> bytes that belong to finished rounds
+    clients: Mapping[str, Tensor] = field(default_factory=dict)  # the client memory's index
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -69,7 +70,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the state, keeping the one before it."""
     server = checkpoint.server
     tensors: dict[str, Tensor] = {"row": server.row.cpu().contiguous()}
-    tensors |= {f"memory.{k}": v.cpu().contiguous() for k, v in server.memory.items()}
+    parts = {"memory": server.memory, "base": server.base, "clients": checkpoint.clients}
+    for part, named in parts.items():
+        tensors |= {f"{part}.{k}": v.cpu().contiguous() for k, v in named.items()}
     state = json.dumps(
         {
             "round": server.round,
@@ -118,9 +121,12 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         raise _damaged(folder, "its checksum does not match")
     state = json.loads(text)
     row = tensors.pop("row")
-    memory = {name.removeprefix("memory."): value for name, value in tensors.items()}
-    server = ServerState(int(state["round"]), row, memory)
-    return Checkpoint(server, state["scores"], state["bytes"])
+    memory, base, clients = (
+        {name[len(part) :]: t for name, t in tensors.items() if name.startswith(part)}
+        for part in ("memory.", "base.", "clients.")
+    )
+    server = ServerState(int(state["round"]), row, memory, base)
+    return Checkpoint(server, state["scores"], state["bytes"], clients)
 
 
 def _damaged(folder: Path, why: str) -> CheckpointError:

@@ -209,6 +209,7 @@ def plan(
 @app.command("list")
 def list_(
     keys: Annotated[bool, typer.Option(help="Every configuration key with its default.")] = False,
+    options: Annotated[bool, typer.Option(help="Every strategy with its options.")] = False,
 ) -> None:
     """Presets, domains, strategies and model aliases; or every configuration key."""
     from fedsim import domains, strategies, weights
@@ -221,6 +222,13 @@ def list_(
             model = Config.model_fields[section].annotation
             about = getattr(model, "model_fields", {})[leaf].description or ""
             table.add_row(key, repr(defaults[section][leaf]), f"[dim]{about}[/dim]")
+    elif options:
+        for name in strategies.known():
+            about, own = strategies.describe(name)
+            shown = ", ".join(f"{key} = {value!r}" for key, value in own.items())
+            table.add_row(name, f"[dim]{escape(about)}[/dim]")
+            if shown:
+                table.add_row("", escape(shown))
     else:
         presets = sorted(p.stem for p in configuration.PRESETS.glob("*.toml"))
         rows = {"presets": presets, "domains": domains.known(), "strategies": strategies.known(),

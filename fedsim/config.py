@@ -61,6 +61,10 @@ class Adapter(Section):
         r = self.rank if rank is None else rank
         return self.alpha / (r**0.5 if self.rslora else r)
 
+    def alpha_for(self, rank: int) -> float:
+        """The alpha that gives another rank the scale of `rank`."""
+        return self.scale() * (rank**0.5 if self.rslora else rank)
+
 
 class Data(Section):
     domain: str = "finance"
@@ -73,6 +77,9 @@ class Data(Section):
 
 class Server(Section):
     strategy: str = "fedavg"
+    options: Annotated[dict[str, Any], Field(strict=False)] = Field(
+        {}, description="of the strategy, by name; see `fedsim list --options`"
+    )
     rounds: int = Field(10, ge=1, lt=1 << 16)
     fraction: float = Field(0.1, gt=0, le=1, description="of the clients, each round")
     min_clients: int = Field(1, ge=1)
@@ -118,6 +125,7 @@ class Evaluate(Section):
     every: int = Field(0, ge=0, description="rounds; 0: before the first and after the last")
     tasks: Names = ()
     limit: int | None = Field(None, ge=0, description="examples of each task; 0: no evaluation")
+    clients: int = Field(8, ge=1, description="adapters, where the rule leaves each its own")
 
 
 class Config(Section):

@@ -6,150 +6,20 @@ adapter, T packed tokens in a pass, B sequences in it, R rank, I/O linear in/out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.layout import KINDS, AdapterLayout, Piece, SiteViews
+
 if TYPE_CHECKING:
     from fedsim.reduce import Reduce
 
-_ALIGN = 16  # elements; a piece starts on a 64-byte boundary in fp32, 32 in bf16
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One factor of one target module inside an adapter's row."""
-
-    module: str
-    kind: str  # "A" (R, I), "B" (O, R), or with DoRA "mag" (1, O)
-    shape: tuple[int, int]
-    offset: int
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-
-@dataclass(frozen=True)
-class SiteViews:
-    """The factors of a site's n modules as views of a (K, P) matrix: (K, n R, I), (K, sum O, R)
-    and, with DoRA, (K, sum O)."""
-
-    a: Tensor
-    b: Tensor
-    mag: Tensor | None
-
-
-@dataclass(frozen=True)
-class AdapterLayout:
-    """Where each LoRA factor lies in a row of P numbers.
-
-    Target modules that read the same input form a site. The A of a site lie below each other, and
-    so do its B, so that one product serves all of them; each of the two starts at a multiple of
-    16 elements. The gaps between stay zero and count neither in norms nor in traffic. A client of
-    rank r < R uses the first r rows of A and the first r columns of B; the rest stays exactly
-    zero.
-
-    Attributes:
-        sites: the module names of each site.
-        rank: R, the largest rank of any client.
-        size: P.
-    """
-
-    pieces: tuple[Piece, ...]
-    sites: tuple[tuple[str, ...], ...]
-    rank: int
-    size: int
-
-    @classmethod
-    def build(
-        cls,
-        targets: Mapping[str, tuple[int, int]],
-        rank: int,
-        *,
-        sites: Sequence[Sequence[str]] | None = None,
-        dora: bool = False,
-    ) -> AdapterLayout:
-        """Lay out the factors of every target module, site by site.
-
-        Args:
-            targets: module name -> (in features I, out features O).
-            rank: R, the largest rank of any client.
-            sites: modules that read the same input; each by itself when not given.
-            dora: each output feature also has a magnitude.
-        """
-        groups = tuple(tuple(site) for site in sites or [[name] for name in targets])
-        pieces, offset = [], 0
-        for site in groups:
-            for kind in ("A", "B", "mag")[: 3 if dora else 2]:
-                for module in site:
-                    i, o = targets[module]
-                    shape = {"A": (rank, i), "B": (o, rank), "mag": (1, o)}[kind]
-                    pieces.append(Piece(module, kind, shape, offset))
-                    offset += shape[0] * shape[1]
-                offset = -(-offset // _ALIGN) * _ALIGN
-        return cls(tuple(pieces), groups, rank, offset)
-
-    @cached_property
-    def modules(self) -> tuple[str, ...]:
-        """Every target module, site by site."""
-        return tuple(name for site in self.sites for name in site)
-
-    @cached_property
-    def _by_name(self) -> dict[tuple[str, str], Piece]:
-        return {(p.module, p.kind): p for p in self.pieces}
-
-    def piece(self, module: str, kind: str) -> Piece:
-        """One factor of one module."""
-        return self._by_name[module, kind]
-
-    def has(self, module: str, kind: str) -> bool:
-        """Does this module have such a factor?"""
-        return (module, kind) in self._by_name
-
-    def view(self, matrix: Tensor, piece: Piece) -> Tensor:
-        """One piece of every row: (K, P) -> strided view (K, *shape), no copy."""
-        span = matrix[:, piece.offset : piece.offset + piece.size]
-        return span.view(len(matrix), *piece.shape)
-
-    def _part(self, matrix: Tensor, module: str, kind: str) -> Tensor:
-        return self.view(matrix, self.piece(module, kind))
-
-    def factors(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """module -> views (A (K, R, I), B (K, O, R)) of a (K, P) matrix."""
-        return {
-            name: (self._part(matrix, name, "A"), self._part(matrix, name, "B"))
-            for name in self.modules
-        }
-
-    def site_views(self, matrix: Tensor) -> tuple[SiteViews, ...]:
-        """The factors of every site as views of a (K, P) matrix."""
-        out = []
-        for site in self.sites:
-            views: list[Tensor | None] = []
-            for kind in ("A", "B", "mag"):
-                pieces = [p for m in site if (p := self._by_name.get((m, kind)))]
-                if not pieces:
-                    views.append(None)
-                    continue
-                first, last = pieces[0], pieces[-1]
-                span = matrix[:, first.offset : last.offset + last.size]
-                views.append(span.view(len(matrix), -1, first.shape[1]) if kind != "mag" else span)
-            a, b, mag = views
-            assert a is not None and b is not None
-            out.append(SiteViews(a, b, mag))
-        return tuple(out)
-
-    def numel(self, rank: int | None = None) -> int:
-        """Numbers that one client of this rank trains and sends: sum of r (I + O), and O with
-        DoRA."""
-        r = self.rank if rank is None else rank
-        return sum(p.size if p.kind == "mag" else p.size // self.rank * r for p in self.pieces)
+__all__ = ["KINDS", "AdapterLayout", "Piece", "SiteViews"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +59,7 @@ class RoundPlan:
     lr: np.ndarray  # (M,) float64
     version: np.ndarray  # (M,) int64, the server round the client starts from
     lanes: tuple[np.ndarray, ...]
+    population: int  # N
 
     def __len__(self) -> int:
         return len(self.client_ids)
@@ -196,9 +67,43 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class LocalRule:
-    """Local training as data, so that every rule trains batched: never a callback."""
+    """Local training as data, so that every rule trains batched: never a callback.
 
-    start: Tensor  # (P,) fp32; a client of rank r starts from its first r rows of A, columns of B
+    At each step a client k with row x, that started from x_k, takes as its gradient
+
+        g + prox_mu (x - x_k) + correction - control_k + tail penalty's gradient
+
+    and clips and optimises that, in the pieces of the kinds that are trained.
+
+    Attributes:
+        start: (P,) fp32; a client of rank r has its first r rows of A and columns of B.
+        trained: kinds of pieces that train; the others stay bitwise as they started.
+        down, up: kinds that travel to the client and back; traffic is arithmetic on them.
+        more_down, more_up: numbers that a client of full rank receives and sends besides.
+        personal: kinds that a client keeps: it goes on from those of its last visit, its rows
+            `row` in the client memory; at its first visit from those of `start`.
+        same_product: at a rank below R, B is multiplied by s_R / s_r, so that the scaled product
+            s B A does not depend on the rank.
+        correction: (P,) fp32, the same for all clients.
+        control: the name of the client memory's rows that are subtracted, zero before the first
+            visit.
+        tail_weight, tail_from: lambda and gamma of HetLoRA's penalty
+            lambda sum over modules of ||B[:, g:r]|| ||A[g:r]||, g = floor(gamma r).
+    """
+
+    start: Tensor
+    trained: tuple[str, ...] = KINDS
+    down: tuple[str, ...] = KINDS
+    up: tuple[str, ...] = KINDS
+    more_down: int = 0
+    more_up: int = 0
+    personal: tuple[str, ...] = ()
+    same_product: bool = False
+    prox_mu: float = 0.0
+    correction: Tensor | None = None
+    control: str = ""
+    tail_weight: float = 0.0
+    tail_from: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +112,7 @@ class ClientUpdates:
 
     index: np.ndarray  # (k,) int64 positions in the plan
     row: Tensor  # (k, P) fp32
-    start: Tensor  # (P,) fp32, the row that all of them started from, cut to their rank
+    start: Tensor  # (P,) or (k, P) fp32, the rows that they started from, cut to their rank
     tokens: np.ndarray  # (k,) int64
     loss_first: np.ndarray  # (k,) float64
     loss_last: np.ndarray  # (k,) float64
@@ -222,16 +127,45 @@ class ClientUpdates:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server remembers between rounds; checkpointed whole."""
+    """What the server remembers between rounds; checkpointed whole.
+
+    Attributes:
+        memory: the rule's own tensors; "ranks" (N,) int64, where there, are the clients' ranks
+            from now on, 0 for as configured.
+        base: what is added to the frozen weights of target modules, shared by all clients:
+            "module.A" (R', I) and "module.B" (O, R'), whose product it is, or "module.W" (O, I);
+            fp32 (`factors.add_to_base`).
+    """
 
     round: int
     row: Tensor  # (P,) fp32, the global adapter
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> ServerState:
         """The same state on another device."""
-        memory = {name: value.to(device) for name, value in self.memory.items()}
-        return ServerState(self.round, self.row.to(device), memory)
+        memory, base = (
+            {name: value.to(device) for name, value in part.items()}
+            for part in (self.memory, self.base)
+        )
+        return ServerState(self.round, self.row.to(device), memory, base)
+
+
+class ClientMemory(Protocol):
+    """Rows that clients keep between visits: a personal factor, a control variate.
+
+    What is written in a round is read from the next one on.
+    """
+
+    def read(self, name: str, client: int) -> Tensor | None:
+        """(P,) fp32 on the CPU, or None before the client's first."""
+        ...
+
+    def write(self, name: str, client: int, row: Tensor) -> None: ...
+
+    def clients(self, name: str) -> list[int]:
+        """Those that have such a row, ascending."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -259,11 +193,18 @@ class Score:
 
 
 class Strategy(Protocol):
-    """A federated rule: how clients start, and how their updates become the next server row."""
+    """A federated rule: how clients start, and how their updates become the next server row.
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState: ...
+    A frozen dataclass whose fields are the rule's options, `server.options` in a configuration.
+    """
 
-    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule: ...
+    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
+        """The server before the first round, from a fresh adapter (P,)."""
+        ...
+
+    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
+        """How the clients of a round train."""
+        ...
 
     def aggregate(
         self,
@@ -271,7 +212,10 @@ class Strategy(Protocol):
         plan: RoundPlan,
         updates: Iterator[ClientUpdates],
         reduce: Reduce,
-    ) -> ServerState: ...
+        memory: ClientMemory,
+    ) -> ServerState:
+        """The server after a round: its round is the plan's."""
+        ...
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedsim import domains, peft_io, seeds, strategies, weights
 from fedsim.config import Config
-from fedsim.core import AdapterLayout, Population, pick_device
+from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import labels, partition, sources, tokens
 from fedsim.display import over_budget
 from fedsim.linears import target_linears
 from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype
 from fedsim.packing import pack, passes
-from fedsim.plan import pass_budget, plan_round, sampled, step_examples
-from fedsim.record import MIB, Meter, total_mib, transfer_mib
+from fedsim.plan import pass_budget, plan_round, step_examples
+from fedsim.record import MIB, Meter, traffic, transfer_mib
 
 # fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
 _BYTES_PER_SLOT_NUMBER = 32
@@ -96,7 +97,7 @@ def estimate(config: Config) -> Estimate:
     """Count a run's cost from the model's configuration and, where they are here, its data."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    strategies.load(config.server.strategy)
+    strategy = strategies.load(config.server.strategy, config.server.options)
     found = weights.find(config.model.name, config.model.revision)
     hf = AutoConfig.from_pretrained(found.path)
     check_config(hf, config.data.max_length)
@@ -115,20 +116,26 @@ def estimate(config: Config) -> Estimate:
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
     return Estimate(
-        config, numbers, layout, _traffic(config, layout), budget, work,
+        config, numbers, layout, _traffic(config, layout, strategy), budget, work,
         (numbers * dtype.itemsize + slots * layout.size * _BYTES_PER_SLOT_NUMBER) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
     )  # fmt: skip
 
 
-def _traffic(config: Config, layout: AdapterLayout) -> float:
-    """MiB of the whole run: each client sends and receives what its rank has."""
-    rounds = config.server.rounds
-    if not config.adapter.ranks:
-        return total_mib(layout.numel(), config.per_round, rounds)
+def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float:
+    """MiB of the whole run: what the rule sends each client of its rank, and back.
+
+    Exact where that does not depend on the rounds before; FLoRA and its kin, which also send what
+    was added to the base, are counted without that.
+    """
     key, n = seeds.run_key(config.run.seed), config.clients.number
-    ranks = [r for round in range(1, rounds + 1) for r in sampled(config, n, round, key)[1]]
-    return 2 * sum(transfer_mib(layout.numel(int(r))) for r in ranks)
+    population = Population(np.arange(n + 1), np.arange(n))
+    server = strategy.start(torch.zeros(layout.size), layout)
+    total = 0.0
+    for round in range(1, config.server.rounds + 1):
+        plan = plan_round(config, population, round, key)
+        total += sum(traffic(strategy.rule(server, plan), layout, plan.rank.tolist()))
+    return total
 
 
 def _data(

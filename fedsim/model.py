@@ -12,6 +12,7 @@ from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
 from fedsim.config import Config
 from fedsim.core import AdapterLayout
+from fedsim.correction import Correction
 from fedsim.errors import ModelError
 from fedsim.fused import (
     TOLERANCE,
@@ -100,6 +101,7 @@ class Base:
         layout: where each target's factors lie in an adapter's row.
         sites: every linear but the head, grouped by the input that they read.
         fused: how many norms, MLPs, attentions and last layers run as fused operations.
+        correction: puts what a rule has added to the weights into them.
     """
 
     def __init__(self, model: Any, config: Config, targets: tuple[str, ...]) -> None:
@@ -115,6 +117,7 @@ class Base:
         with torch.no_grad(), inputs_of(linears(model)) as seen:
             stock = model(probe[None], use_cache=False).logits[0].float()
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
+        self.correction = Correction(self.sites)
         model.set_attn_implementation("fedsim")
         with torch.no_grad():
             self._check(probe, stock)

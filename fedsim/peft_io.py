@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from fedsim.checkpoint import write_atomic, write_failed
 from fedsim.config import Adapter
 from fedsim.core import AdapterLayout, Piece
+from fedsim.correction import factors_of
 from fedsim.errors import ModelError
 
 _PREFIX = "base_model.model."
@@ -36,24 +39,35 @@ def default_targets(model_type: str) -> tuple[str, ...]:
 
 
 def export(
-    folder: Path, row: Tensor, layout: AdapterLayout, adapter: Adapter, base_model: str
-) -> None:
+    folder: Path, row: Tensor, layout: AdapterLayout, adapter: Adapter, base_model: str,
+    base: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write one row as adapter_config.json + adapter_model.safetensors, whole or not at all.
 
     Args:
         row: (P,) fp32, of rank adapter.rank.
         base_model: what `peft` should name as the base.
+        base: what a rule has added to the frozen weights (`ServerState.base`). It goes into the
+            adapter, whose rank at those modules is larger by that of the correction.
     """
-    tensors = {}
+    tensors, ranks, alphas = {}, {}, {}
     for piece in layout.pieces:
         values = layout.view(row[None].cpu(), piece)[0].contiguous()
         tensors[_key(piece)] = values[0] if piece.kind == "mag" else values
+    for module in layout.modules:
+        if (more := factors_of(base or {}, module)) is None:
+            continue
+        a, b = (_key(layout.piece(module, kind)) for kind in ("A", "B"))
+        tensors[a] = torch.cat([tensors[a], more[0].cpu()])
+        tensors[b] = torch.cat([tensors[b], more[1].cpu() / adapter.scale()], 1)
+        rank = len(tensors[a])
+        ranks[module], alphas[module] = rank, adapter.alpha_for(rank)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
         "bias": "none", "target_modules": list(layout.modules), "inference_mode": True,
         "fan_in_fan_out": False, "use_rslora": adapter.rslora, "use_dora": adapter.dora,
-        "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+        "modules_to_save": None, "rank_pattern": ranks, "alpha_pattern": alphas,
     }  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -96,8 +110,6 @@ def load(folder: Path, layout: AdapterLayout, onto: Tensor | None = None) -> Ten
         ModelError: a file or factor is missing, a factor has another shape, or the file holds
             tensors that have no place in the layout.
     """
-    import torch
-
     config, tensors = _read(folder)
     row = torch.zeros(1, layout.size) if onto is None else onto.clone()[None]
     for module in layout.modules:

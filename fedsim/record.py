@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
+from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan
 from fedsim_kernels import dispatch, native
 
 MIB = 1 << 20
@@ -43,9 +43,14 @@ def transfer_mib(numbers: int) -> float:
     return numbers * 4 / MIB
 
 
-def total_mib(numbers: int, clients: int, rounds: int) -> float:
-    """MiB of a whole run: down and up, every sampled client, every round."""
-    return 2 * clients * rounds * transfer_mib(numbers)
+def traffic(rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int]) -> tuple[float, float]:
+    """MiB that clients of these ranks receive and send in a round."""
+    ways = ((rule.down, rule.more_down), (rule.up, rule.more_up))
+    down, up = (
+        sum(transfer_mib(layout.numel(r, kinds) + more * r // layout.rank) for r in ranks)
+        for kinds, more in ways
+    )
+    return down, up
 
 
 @dataclass
@@ -199,18 +204,24 @@ def _number(value: float) -> float | None:
 
 
 def round_line(
-    plan: RoundPlan, clients: list[dict[str, Any]], layout: AdapterLayout, meter: Meter
-) -> dict[str, Any]:
-    """The line of a round: losses over its healthy clients, traffic, seconds, memory."""
+    plan: RoundPlan, rule: LocalRule, clients: list[dict[str, Any]], layout: AdapterLayout,
+    meter: Meter, before: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The line of a round: losses over its healthy clients, traffic, seconds, memory.
+
+    Args:
+        before: MiB sent in all earlier rounds.
+    """
     ok = [c for c in clients if c["ok"]]
-    mib = sum(transfer_mib(layout.numel(c["rank"])) for c in clients)
-    total = 2 * mib * plan.round
+    ranks = [c["rank"] for c in clients]
+    down, up = traffic(rule, layout, ranks)
+    total = before + down + up
     return {
         "round": plan.round, "clients": len(clients), "failed": len(clients) - len(ok),
         "lr": float(plan.lr[0]), "tokens": sum(c["tokens"] for c in clients),
         "loss_first": sum(c["loss_first"] for c in ok) / len(ok),
         "loss_last": sum(c["loss_last"] for c in ok) / len(ok),
-        "down_mib": mib, "up_mib": mib, "total_mib": total,
+        "down_mib": down, "up_mib": up, "total_mib": total,
         "over_budget": total > FLOWERTUNE_BUDGET_MIB,
         "passes": meter.passes, "utilisation": meter.utilisation,
         "seconds": {phase: round(s, 3) for phase, s in meter.seconds.items()},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,17 +12,59 @@ from torch import Tensor
 
 import fedsim_kernels.reduce  # noqa: F401  registers the operation
 from fedsim.batch import on_device
-from fedsim.core import ClientUpdates, RoundPlan
+from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 from fedsim.errors import RunError
+
+Weigh = Callable[[ClientUpdates], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Weighted sums over the clients that returned.
+
+    Attributes:
+        totals: (P,) fp64 for each way of weighing. weights: their sums of weights.
+        ok: (M,) bool, who returned a finite update.
+    """
+
+    totals: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    ok: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The updates of all clients that returned, in the plan's order."""
+
+    index: np.ndarray  # (m,) int64 positions in the plan
+    weights: np.ndarray  # (m,) float64, of the plan, their sum is 1
+    delta: Tensor  # (m, P) fp32
+    row: Tensor  # (m, P) fp32
 
 
 class Reduce:
-    """Combines updates in the plan's order, in fp64, in memory O(P)."""
+    """Combines updates in the plan's order, in fp64, in memory O(P).
 
-    def mean(self, plan: RoundPlan, updates: Iterator[ClientUpdates]) -> Tensor:
+    Attributes:
+        layout: of the rows.
+        scale: s of the server's row, alpha / R.
+        initial: round -> a fresh adapter (P,), its B zero, the same for all who ask.
+    """
+
+    def __init__(
+        self, layout: AdapterLayout, scale: float, initial: Callable[[int], Tensor]
+    ) -> None:
+        self.layout, self.scale, self.initial = layout, scale, initial
+
+    def mean(
+        self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: Weigh | None = None
+    ) -> Tensor:
         """sum_k w_k delta_k / sum_k w_k over the clients that returned.
 
         What a client of a lower rank does not have, it leaves as it is: its delta is 0 there.
+
+        Args:
+            weigh: (k,) weights of a block; without it the plan's.
 
         Returns:
             (P,) fp32 on the device of the updates.
@@ -28,19 +72,78 @@ class Reduce:
         Raises:
             RunError: no client of the round returned a finite update.
         """
-        total: Tensor | None = None
-        weight = 0.0
+        sums = self.sums(plan, updates, weigh or weights_of(plan))
+        return (sums.totals[0] / sums.weights[0]).float()
+
+    def sums(
+        self, plan: RoundPlan, updates: Iterator[ClientUpdates], *weigh: Weigh,
+        of: Literal["delta", "row"] = "delta",
+    ) -> Sums:  # fmt: skip
+        """sum_k w_k delta_k, or of the rows themselves, for several ways of weighing at once.
+
+        Raises:
+            RunError: no client returned a finite update of a positive weight.
+        """
+        totals: list[Tensor] = []
+        weights = [0.0] * len(weigh)
+        ok = np.zeros(len(plan), dtype=bool)
         for block in updates:
-            if total is None:
-                total = torch.zeros_like(block.start, dtype=torch.float64)
-            weights = np.where(block.ok, plan.weights[block.index], 0.0)
-            torch.ops.fedsim.weighted_rows(
-                total, block.row, block.start, on_device(weights, total.device, torch.float64)
-            )
-            weight += float(weights.sum())
-        if total is None or weight == 0:
-            raise RunError(
-                f"round {plan.round}: none of the {len(plan)} clients returned a finite update",
-                remedy="Lower train.lr_max; clients.jsonl has each client's losses.",
-            )
-        return (total / weight).float()
+            if not totals:
+                p = block.row.shape[1]
+                totals = [block.row.new_zeros(p, dtype=torch.float64) for _ in weigh]
+            ok[block.index] = block.ok
+            for i, of_block in enumerate(weigh):
+                w = np.where(block.ok, of_block(block), 0.0)
+                _add(totals[i], block, w, of)
+                weights[i] += float(w.sum())
+        if not totals or any(w == 0 for w in weights):
+            raise _nobody(plan)
+        return Sums(tuple(totals), tuple(weights), ok)
+
+    def rows(self, plan: RoundPlan, updates: Iterator[ClientUpdates]) -> Rows:
+        """Every update, for rules that need all of them: memory O(M P).
+
+        Raises:
+            RunError: no client returned a finite update.
+        """
+        index, rows, deltas = [], [], []
+        for block in updates:
+            for i in np.flatnonzero(block.ok):
+                index.append(int(block.index[i]))
+                rows.append(block.row[i])
+                deltas.append(block.delta[i])
+        if not index:
+            raise _nobody(plan)
+        weights = plan.weights[index]
+        return Rows(
+            np.array(index), weights / weights.sum(), torch.stack(deltas), torch.stack(rows)
+        )
+
+
+def weights_of(plan: RoundPlan) -> Weigh:
+    """The plan's weights, n_k examples."""
+    return lambda block: plan.weights[block.index]
+
+
+def uniform(block: ClientUpdates) -> np.ndarray:
+    """Every client counts the same."""
+    return np.ones(len(block.index))
+
+
+def _add(total: Tensor, block: ClientUpdates, weights: np.ndarray, of: str) -> None:
+    """total += sum_k w_k (row_k - start_k), or of the rows."""
+    w = on_device(weights, total.device, torch.float64)
+    if of == "row" or block.start.ndim == 1:
+        start = None if of == "row" else block.start
+        torch.ops.fedsim.weighted_rows(total, block.row, start, w)
+        return
+    for i in range(len(weights)):
+        one = slice(i, i + 1)
+        torch.ops.fedsim.weighted_rows(total, block.row[one], block.start[i], w[one])
+
+
+def _nobody(plan: RoundPlan) -> RunError:
+    return RunError(
+        f"round {plan.round}: none of the {len(plan)} clients returned a finite update",
+        remedy="Lower train.lr_max; clients.jsonl has each client's losses.",
+    )

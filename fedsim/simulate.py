@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedsim import checkpoint as checkpoints
 from fedsim import evaluate, peft_io, seeds, strategies
-from fedsim.adapters import initial_row
 from fedsim.checkpoint import Checkpoint
+from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, ServerState
-from fedsim.errors import RunError
+from fedsim.drift import Drift
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -32,45 +35,52 @@ def run(
     folder = open_folder(config, resume=resume, fresh=fresh)
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
-    strategy, reduce = strategies.load(config.server.strategy), Reduce()
+    strategy = strategies.load(config.server.strategy, config.server.options)
+    base, layout = world.base, world.base.layout
+    reduce = Reduce(layout, config.adapter.scale(), world.fresh)
     trainer = Trainer(world.base, world.store, world.population, config, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
+    memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
     if saved:
-        server, scores = saved.server.to(world.base.device), saved.scores
+        server, scores = saved.server.to(base.device), saved.scores
+        base.correction.apply(server.base)
     else:
         folder.write_json("environment.json", describe(config, world))
-        start = initial_row(world.base.layout, key).to(world.base.device)
-        start = world.base.magnitudes(start)
-        server, scores = strategy.start(start, world.base.layout), []
-        scores += score(folder, world, server, meter)
-        commit(folder, server, scores)
+        server, scores = strategy.start(world.fresh(0), layout), []
+        scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
+        commit(folder, server, scores, memory.index())
 
+    sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds, every = config.server.rounds, config.evaluate.every
-    meter.rounds, meter.device = rounds - server.round, world.base.device
+    meter.rounds, meter.device = rounds - server.round, base.device
     due = {r for r in range(server.round + 1, rounds) if every and r % every == 0} | {rounds}
     meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
-        plan = plan_round(config, world.population, round, key)
+        plan = plan_round(config, world.population, round, key, server.memory.get("ranks"))
         meter.begin(round, steps=int(plan.steps.sum()))
         with meter.timed("train"):
             rule = strategy.rule(server, plan)
             seen: list[ClientUpdates] = []
-            updates = (keep(seen, u) for u in trainer.train(plan, rule, meter))
+            drift = Drift(layout, config.adapter.scale(), plan)
+            updates = (keep(seen, drift.see(u)) for u in trainer.train(plan, rule, meter, memory))
             try:
-                server = strategy.aggregate(server, plan, updates, reduce)
-            except RunError:  # the failed clients' losses are what a person looks for now
-                folder.append("clients.jsonl", client_lines(plan, seen))
-                raise
+                server = strategy.aggregate(server, plan, updates, reduce, memory)
+            finally:  # where all clients failed, their losses are what a person looks for now
+                clients = client_lines(plan, seen)
+                folder.append("clients.jsonl", clients)
+            rounding = base.correction.apply(server.base)
+        kept = memory.index()
         if round in due:
-            scores += score(folder, world, server, meter)
+            who = world.subject(server, memory, rule.personal, config.evaluate.clients)
+            scores += score(folder, who, world.tests, meter)
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
-        clients = client_lines(plan, seen)
-        folder.append("clients.jsonl", clients)
-        line = round_line(plan, clients, world.base.layout, meter)
+        line = round_line(plan, rule, clients, layout, meter, sent)
+        line |= {"aggregation_error": drift.relative(), "base_rounding": rounding}
         folder.append("rounds.jsonl", [line])
-        commit(folder, server, scores)
+        commit(folder, server, scores, kept)
+        sent = line["total_mib"]
         meter.lines.append(line)
     return folder.path
 
@@ -83,13 +93,13 @@ def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:
 
 
 def score(
-    folder: RunFolder, world: World, server: ServerState, meter: Meter
+    folder: RunFolder, subject: evaluate.Subject, tests: evaluate.Suite, meter: Meter
 ) -> list[dict[str, Any]]:
-    """Evaluate the server's adapters and append every example's record."""
-    if not len(world.tests):
+    """Evaluate adapters and append every example's record."""
+    if not len(tests):
         return []
     with meter.timed("evaluate"):
-        scores, records = evaluate.evaluate(world.subject(server), world.tests)
+        scores, records = evaluate.evaluate(subject, tests)
     meter.evaluations += 1
     for task, lines in records.items():
         folder.append(f"eval/{task}.jsonl", lines)
@@ -99,11 +109,16 @@ def score(
 def export(folder: RunFolder, world: World, config: Config, server: ServerState) -> None:
     """Write the global adapter in PEFT's format."""
     path = folder.path / "adapters" / f"round_{server.round:05d}"
-    peft_io.export(path, server.row, world.base.layout, config.adapter, world.found.name)
+    peft_io.export(
+        path, server.row, world.base.layout, config.adapter, world.found.name, server.base
+    )
 
 
-def commit(folder: RunFolder, server: ServerState, scores: list[dict[str, Any]]) -> None:
+def commit(
+    folder: RunFolder, server: ServerState, scores: list[dict[str, Any]],
+    clients: Mapping[str, Tensor],
+) -> None:  # fmt: skip
     """Make everything up to here count: scores, then the checkpoint."""
     folder.write_json("scores.json", scores)
-    state = Checkpoint(server, scores, folder.sizes())
+    state = Checkpoint(server, scores, folder.sizes(), clients)
     checkpoints.save_checkpoint(folder.checkpoints, state)

@@ -16,9 +16,10 @@ from fedsim import seeds
 from fedsim.adapters import AdapterBank
 from fedsim.batch import PackedBatch, on_device
 from fedsim.config import Config
-from fedsim.core import ClientUpdates, LocalRule, Population, RoundPlan
+from fedsim.core import ClientMemory, ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
 from fedsim.graphs import runner
+from fedsim.local_terms import LocalTerms, Starts
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
 from fedsim.packing import Parts, pack, passes
@@ -41,14 +42,20 @@ class Trainer:
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
         self.run = runner(self.backward, self.bank.grads, config, base)
 
-    def train(self, plan: RoundPlan, rule: LocalRule, meter: Meter) -> Iterator[ClientUpdates]:
-        """Every client of the plan, in the plan's order, one update each."""
-        start = rule.start.to(self.base.device)
-        starts = {int(rank): self.bank.cut(start, int(rank)) for rank in np.unique(plan.rank)}
+    def train(
+        self, plan: RoundPlan, rule: LocalRule, meter: Meter, memory: ClientMemory | None = None
+    ) -> Iterator[ClientUpdates]:
+        """Every client of the plan, in the plan's order, one update each.
+
+        Args:
+            memory: needed by rules whose clients keep something.
+        """
+        starts = Starts(rule, plan, self.bank, self.config, memory)
+        terms = LocalTerms(rule, self.bank)
         for lane in plan.lanes:
             finished: dict[int, _Finished] = {}
             following = 0
-            for done in chain(self._lane(plan, lane, starts, meter), [{}]):
+            for done in chain(self._lane(plan, lane, starts, terms, meter), [{}]):
                 # Those of earlier passes: the device is busy with this one meanwhile.
                 while following in finished:
                     yield finished.pop(following).update()
@@ -57,7 +64,7 @@ class Trainer:
         self.base.rest()
 
     def _lane(
-        self, plan: RoundPlan, lane: np.ndarray, starts: dict[int, Tensor], meter: Meter
+        self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter
     ) -> Iterator[dict[int, _Finished]]:
         """Queue pass after pass; yields those who leave after it, by position in the lane."""
         visits: dict[int, _Visit] = {}
@@ -67,11 +74,12 @@ class Trainer:
         ):
             for slot, at in shift.enter:
                 index = int(lane[at])
-                visits[slot] = _Visit(index, starts[int(plan.rank[index])], time.perf_counter())
+                visits[slot] = _Visit(index, starts.of(index), time.perf_counter())
                 self.bank.load(slot, visits[slot].start)
+                terms.enter(slot, visits[slot].start, starts.control(index))
             who = {slot: visit.index for slot, visit in visits.items()}
             loss, rows = self.gradients(plan, who, parts)
-            completed = self._optimise(plan, who, shift, state, loss)
+            completed = self._optimise(plan, who, shift, state, terms, loss)
             tokens = 0
             for part, step in parts:
                 visits[part.slot].tokens += step.tokens(part)
@@ -157,8 +165,9 @@ class Trainer:
         return Dropout(p, self.key, counters)
 
     def _optimise(
-        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: _State, loss: Tensor
-    ) -> Tensor | None:
+        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: _State, terms: LocalTerms,
+        loss: Tensor,
+    ) -> Tensor | None:  # fmt: skip
         """One AdamW step of every client whose step is complete; nothing waits for the device.
 
         Returns:
@@ -181,6 +190,7 @@ class Trainer:
         state.add(loss, enters=flags[0], begins=flags[1], first=flags[2], completes=completes)
         if not active.any():
             return None
+        terms.add({p.slot: int(plan.rank[who[p.slot]]) for p in shift.parts if p.completes})
         train = self.config.train
         norms = self.bank.step(
             lr=told[4], step=told[5], active=completes & state.ok,

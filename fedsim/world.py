@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim import domains, evaluate, model, peft_io, record, weights
+import torch
+from torch import Tensor
+
+from fedsim import domains, evaluate, model, peft_io, record, seeds, weights
+from fedsim.adapters import initial_row
 from fedsim.config import Config
-from fedsim.core import Population, ServerState, pick_device
+from fedsim.core import ClientMemory, Population, ServerState, pick_device
 from fedsim.data import labels, partition, sources, tokens
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Sampling, own_sampling
@@ -29,13 +33,33 @@ class World:
     digests: dict[str, str]
     precision: str
     defaults: Sampling
+    key: int
 
-    def subject(self, server: ServerState) -> evaluate.Subject:
-        """The server's adapter to evaluate; where clients keep their own, all of those."""
+    def fresh(self, round: int) -> Tensor:
+        """A fresh adapter (P,): A random, another draw each round, B zero, magnitudes ||W||."""
+        row = initial_row(self.base.layout, self.key, round).to(self.base.device)
+        return self.base.magnitudes(row)
+
+    def subject(
+        self, server: ServerState, memory: ClientMemory, personal: tuple[str, ...], limit: int
+    ) -> evaluate.Subject:
+        """The server's adapter to evaluate; where clients keep their own, up to `limit` of those.
+
+        Args:
+            personal: kinds of pieces that a client keeps in its rows `row` of the memory.
+        """
         adapters = [Adapter("global", row=server.row)]
         if (rows := server.memory.get("clients")) is not None:
             ids = server.memory["ids"].tolist()
             adapters = [Adapter(f"client {c}", row=row) for c, row in zip(ids, rows, strict=True)]
+        elif personal and (ids := memory.clients("row")):
+            order = seeds.permutation(self.key, seeds.Purpose.SUBSET, len(ids))[:limit]
+            own, adapters = self.base.layout.mask(personal), []
+            for client in (ids[i] for i in sorted(order)):
+                kept = memory.read("row", client)
+                assert kept is not None
+                row = torch.where(own, kept, server.row.cpu())
+                adapters.append(Adapter(f"client {client}", row=row.to(server.row.device)))
         return evaluate.Subject(
             self.engine, self.tokenizer, adapters, [server.round] * len(adapters), self.precision,
             self.defaults,
@@ -59,7 +83,7 @@ def load_world(config: Config, key: int) -> World:
     digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
     return World(
         base, store, population, tests, engine, tokenizer, found, rows.origin, digests,
-        weights.precision(base.precision, config), own_sampling(found.path),
+        weights.precision(base.precision, config), own_sampling(found.path), key,
     )  # fmt: skip
 
 

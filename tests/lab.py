@@ -107,7 +107,7 @@ def plan_of(
     return RoundPlan(
         round=1, client_ids=ids, weights=1.0 + ids, rank=np.full(m, 4), scale=np.array(SCALE)[ids],
         steps=np.array(steps)[ids], lr=np.array(lr)[ids], version=np.zeros(m, int),
-        lanes=(np.arange(m),),
+        lanes=(np.arange(m),), population=CLIENTS,
     )  # fmt: skip
 
 

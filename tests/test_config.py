@@ -9,6 +9,7 @@ again is the same. About 4 s.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -30,11 +31,12 @@ adapter.dropout adapter.targets
 data.domain data.source data.dir data.train data.max_length data.limit
 clients.number clients.partition clients.min_size clients.by clients.clusters clients.alpha
 clients.classes clients.shards clients.skew
-server.strategy server.rounds server.fraction server.min_clients server.export_every
+server.strategy server.options server.rounds server.fraction server.min_clients
+server.export_every
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.graphs
-evaluate.every evaluate.tasks evaluate.limit
+evaluate.every evaluate.tasks evaluate.limit evaluate.clients
 """
 
 # key -> values that must be refused.
@@ -53,7 +55,7 @@ REFUSED: dict[str, list[Any]] = {
     "clients.min_size": [0, 1.0], "clients.by": [1], "clients.clusters": [1, 2.0],
     "clients.alpha": [0.0, -1.0, "1"], "clients.classes": [0, 1.5], "clients.shards": [0, 1.5],
     "clients.skew": [-0.1, "1"],
-    "server.strategy": [1], "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
+    "server.strategy": [1], "server.options": [1, "eta"], "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
     "server.min_clients": [0], "server.export_every": [0],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
@@ -62,6 +64,7 @@ REFUSED: dict[str, list[Any]] = {
     "train.chunk_tokens": [0, 512.0], "train.tile": [48, 0, "64"], "train.shared_prefix": ["no"],
     "train.recompute": [1, "sometimes"], "train.graphs": [True, "always"],
     "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
+    "evaluate.clients": [0, 1.0],
 }  # fmt: skip
 NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
 
@@ -282,7 +285,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "half.py").write_text(
         "from fedsim.strategies.fedavg import FedAvg\n"
         "class Half(FedAvg):\n    '''Half a step.'''\n"
-        "STRATEGY = Half()\n"
+        "STRATEGY = Half\n"
     )
     (package / "field.py").write_text(
         "from dataclasses import replace\nfrom fedsim.domains.finance import DOMAIN as F\n"
@@ -292,6 +295,17 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     for name in [n for n in sys.modules if n.split(".")[0] == "mine"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_options_of_a_strategy() -> None:
+    rule: Any = strategies.load("fedavg", {"equal": True})
+    assert rule.equal and strategies.describe("fedavg")[1] == {"equal": False}
+    for options, said in (
+        ({"eqal": True}, "unknown key 'eqal' of fedavg. Did you mean 'equal'?"),
+        ({"equal": 1}, "server.options.equal of fedavg: got 1; expected"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            strategies.load("fedavg", options)
 
 
 def test_a_strategy_and_a_domain_of_ones_own(own: None) -> None:

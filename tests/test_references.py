@@ -21,9 +21,8 @@ from fedsim.core import ServerState
 from fedsim.errors import ConfigError, RunError
 from fedsim.evaluate.suite import Questions, Suite
 from fedsim.plan import cosine_lr
-from fedsim.reduce import Reduce
 from fedsim.tasks import Form, Generation, Item
-from tests.test_strategies import blocks, plan_of
+from tests.rules import Kept, blocks, plan_of, reduce
 
 
 def test_central_takes_the_steps_of_the_cohort(settings: Callable[..., Config]) -> None:
@@ -67,12 +66,13 @@ def test_local_keeps_rows_and_moves_nothing() -> None:
     rule, start = strategies.load("local"), torch.zeros(256)
     rows = torch.stack([start + 1, start + 4])
     plan = plan_of([1.0, 2.0])
-    got = rule.aggregate(ServerState(0, start), plan, blocks(start, rows), Reduce())
+    server, memory = ServerState(0, start), Kept()
+    got = rule.aggregate(server, plan, blocks(start, rows), reduce(), memory)
     assert torch.equal(got.row, start) and torch.equal(got.memory["clients"], rows)
-    one = rule.aggregate(ServerState(0, start), plan, blocks(start, rows, [False, True]), Reduce())
+    one = rule.aggregate(server, plan, blocks(start, rows, [False, True]), reduce(), memory)
     assert torch.equal(one.memory["clients"], rows[1:]) and one.memory["ids"].tolist() == [1]
     with pytest.raises(RunError, match="none of the 2 clients"):
-        rule.aggregate(ServerState(0, start), plan, blocks(start, rows, [False] * 2), Reduce())
+        rule.aggregate(server, plan, blocks(start, rows, [False] * 2), reduce(), memory)
     with pytest.raises(ConfigError, match="--reference local"):
         rule.rule(got, plan_of([1.0], round=2))
 

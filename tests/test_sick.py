@@ -19,10 +19,10 @@ from fedsim.adapters import AdapterBank
 from fedsim.core import ClientUpdates
 from fedsim.errors import RunError
 from fedsim.model import Base
-from fedsim.reduce import Reduce
 from fedsim_kernels import dispatch, native
 from tests.conftest import ARCHITECTURES
 from tests.lab import CLIENTS, LR, Lab, plan_of
+from tests.rules import reduce
 
 BOTH = [("native", name) for name in ARCHITECTURES if native.available()]
 BOTH += [("reference", "llama"), ("reference", "gemma2")]
@@ -132,7 +132,8 @@ def updates(ok: Sequence[bool]) -> Iterator[ClientUpdates]:
 def test_mean_is_over_the_healthy() -> None:
     """Weights 1, 2, 3, 4: (1 x 1 + 3 x 100) / (1 + 3) without the second and the fourth."""
     plan = plan_of(range(CLIENTS))
-    assert Reduce().mean(plan, updates((True, False, True, False))).item() == 301 / 4
-    assert Reduce().mean(plan, updates((True, True, True, False))).item() == pytest.approx(321 / 6)
+    mean = reduce().mean
+    assert mean(plan, updates((True, False, True, False))).item() == 301 / 4
+    assert mean(plan, updates((True, True, True, False))).item() == pytest.approx(321 / 6)
     with pytest.raises(RunError, match="none of the 4 clients"):
-        Reduce().mean(plan, updates((False,) * 4))
+        mean(plan, updates((False,) * 4))

@@ -10,64 +10,18 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from fedsim import strategies
 from fedsim.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan, ServerState, Strategy
+from fedsim.core import ServerState, Strategy
 from fedsim.errors import RunError
-from fedsim.reduce import Reduce
-
-LAYOUT = AdapterLayout.build({"q": (12, 8), "v": (12, 4)}, 3)
-M = 6
-EPS = 2.0**-24  # half a unit in the last place of fp32, relative
-
-
-def plan_of(weights: Sequence[float], round: int = 1) -> RoundPlan:
-    m = len(weights)
-    return RoundPlan(
-        round, np.arange(m), np.array(weights, dtype=np.float64), np.full(m, 3), np.full(m, 2.0),
-        np.full(m, 5), np.full(m, 1e-3), np.full(m, round - 1), (np.arange(m),),
-    )  # fmt: skip
-
-
-def random_rows(seed: int, count: int) -> Tensor:
-    """Rows with zero gaps, as a layout has them."""
-    rows = torch.zeros(count, LAYOUT.size)
-    for piece in LAYOUT.pieces:
-        generator = torch.Generator().manual_seed(1000 * seed + piece.offset)
-        LAYOUT.view(rows, piece).normal_(generator=generator)
-    return rows
-
-
-def blocks(
-    start: Tensor, rows: Tensor, ok: Sequence[bool] | None = None, cuts: Sequence[int] = ()
-) -> Iterator[ClientUpdates]:
-    """The updates as they arrive, cut into blocks before the given positions."""
-    for index in np.split(np.arange(len(rows)), list(cuts)):
-        k = len(index)
-        yield ClientUpdates(
-            index=index, row=rows[index], start=start, tokens=np.full(k, 9),
-            loss_first=np.full(k, 2.0), loss_last=np.full(k, 1.0),
-            ok=np.array(ok)[index] if ok is not None else np.ones(k, dtype=bool), seconds=0.0,
-        )  # fmt: skip
-
-
-def step(
-    strategy: Strategy, server: ServerState, rows: Tensor, weights: Sequence[float],
-    ok: Sequence[bool] | None = None, cuts: Sequence[int] = (),
-) -> ServerState:  # fmt: skip
-    """One round of given updates."""
-    plan = plan_of(weights, server.round + 1)
-    start = strategy.rule(server, plan).start
-    return strategy.aggregate(server, plan, blocks(start, rows, ok, cuts), Reduce())
+from tests.rules import EPS, LAYOUT, Kept, M, blocks, plan_of, random_rows, reduce, step
 
 
 # `local` combines nothing, so that none of this holds; test_references.py has its proofs.
@@ -146,7 +100,7 @@ def test_nothing_handed_over_is_changed(rule: Strategy, server: ServerState) -> 
     handed += [torch.from_numpy(getattr(plan, n)) for n in ("weights", "lr", "steps", "client_ids")]
     before = [t.clone() for t in handed]
     start = rule.rule(server, plan).start
-    rule.aggregate(server, plan, blocks(start, rows), Reduce())
+    rule.aggregate(server, plan, blocks(start, rows), reduce(), Kept())
     assert all(torch.equal(a, b) for a, b in zip(handed, before, strict=True))
 
 

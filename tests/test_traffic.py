@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import MistralConfig
 
 from fedsim import cli, cost, record, seeds
 from fedsim.config import Config, build
-from fedsim.core import AdapterLayout, RoundPlan
+from fedsim.core import AdapterLayout, LocalRule, RoundPlan
 from fedsim.display import over_budget
 from fedsim.plan import sampled
 
@@ -77,8 +78,11 @@ def test_a_clients_rank_decides_what_it_sends(mistral: Path) -> None:
     got = cost.estimate(config)
     assert got.mib == 2 * sum(13 * int(r) // 8 for ranks in sent for r in ranks)
     assert got.mib < cost.estimate(flowertune(mistral, 32, 3)).mib == 2 * 3 * 32 * 52
-    lines = [record.round_line(plan(32, n), visits(ranks.tolist()), layout(), record.Meter())
-             for n, ranks in enumerate(sent, 1)]  # fmt: skip
+    rule, before, lines = LocalRule(torch.zeros(0)), 0.0, []
+    for n, ranks in enumerate(sent, 1):
+        seen = visits(ranks.tolist())
+        lines.append(record.round_line(plan(32, n), rule, seen, layout(), record.Meter(), before))
+        before = lines[-1]["total_mib"]
     assert sum(2 * line["up_mib"] for line in lines) == got.mib
     assert dict(got.lines())["one transfer"] == "13.0 to 52.0 MiB"
     assert dict(got.lines())["ranks"] == "8, 16, 32, by client"
@@ -104,7 +108,7 @@ def plan(clients: int, round: int) -> RoundPlan:
         return np.full(clients, value, dtype=kind)
 
     return RoundPlan(round, np.arange(clients), full(1), full(32, int), full(2), full(10, int),
-                     full(5e-5), full(round - 1, int), (np.arange(clients),))  # fmt: skip
+                     full(5e-5), full(round - 1, int), (np.arange(clients),), clients)  # fmt: skip
 
 
 def visits(ranks: list[int]) -> list[dict[str, Any]]:
@@ -119,15 +123,30 @@ def visits(ranks: list[int]) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_a_line_of_the_record(clients: int, round: int, total: int, over: bool) -> None:
     """A client that failed was sent the adapter too."""
-    line = record.round_line(plan(clients, round), visits([32] * clients), layout(), record.Meter())
+    line = record.round_line(
+        plan(clients, round), LocalRule(torch.zeros(0)), visits([32] * clients), layout(),
+        record.Meter(), 2.0 * 52 * clients * (round - 1),
+    )  # fmt: skip
     assert line["down_mib"] == line["up_mib"] == 52 * clients
     assert line["total_mib"] == total and line["over_budget"] is over
     assert (line["clients"], line["failed"], line["tokens"]) == (clients, 1, 7 * clients)
 
 
 def test_a_smaller_rank_sends_less() -> None:
-    line = record.round_line(plan(3, 1), visits([8, 16, 32]), layout(), record.Meter())
-    assert line["up_mib"] == 13 + 26 + 52
+    rule = LocalRule(torch.zeros(0))
+    line = record.round_line(plan(3, 1), rule, visits([8, 16, 32]), layout(), record.Meter(), 0.0)
+    assert line["up_mib"] == line["down_mib"] == 13 + 26 + 52
+
+
+def test_a_rule_says_what_travels() -> None:
+    """Up only A, 4 (R I) bytes a module; down B and 2^18 numbers more, by rank."""
+    shape = layout()
+    rule = LocalRule(torch.zeros(0), down=("B",), up=("A",), more_down=1 << 18)
+    line = record.round_line(plan(2, 1), rule, visits([16, 32]), shape, record.Meter(), 7.0)
+    of = {kind: shape.numel(32, (kind,)) * 4 / 2**20 for kind in "AB"}
+    assert of["A"] + of["B"] == 52
+    assert line["up_mib"] == 1.5 * of["A"] and line["down_mib"] == 1.5 * (of["B"] + 1)
+    assert line["total_mib"] == 7 + line["up_mib"] + line["down_mib"]
 
 
 def test_gaps_of_the_layout_are_not_sent() -> None:

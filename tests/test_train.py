@@ -70,7 +70,7 @@ class Lab:
         return RoundPlan(
             round=1, client_ids=ids, weights=1.0 + ids, rank=ranks, scale=2.0 - 0.1 * ids,
             steps=np.array(STEPS)[ids], lr=1e-2 * (1 + ids % 3), version=np.zeros(m, int),
-            lanes=(np.arange(m),),
+            lanes=(np.arange(m),), population=len(SIZES),
         )  # fmt: skip
 
     def trainer(self, **train: Any) -> Trainer:

@@ -125,8 +125,9 @@ def fit(config: Config, targets: Sequence[Target]) -> Config:
             remedy="Evaluate them in two calls.",
         )  # fmt: skip
     modules = dict.fromkeys(m for s in settings for m in _names(s.get("target_modules")))
+    ranks = [int(r) for s in settings for r in (s["r"], *s.get("rank_pattern", {}).values())]
     adapter = config.adapter.model_copy(update={
-        "rank": max(int(s["r"]) for s in settings), "ranks": (), "dora": dora.pop(),
+        "rank": max(ranks), "ranks": (), "dora": dora.pop(),
         "targets": tuple(modules), "dropout": 0.0,
     })  # fmt: skip
     return config.model_copy(update={"adapter": adapter})

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any, cast, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
 from fedsim import names
 from fedsim.core import Strategy
+from fedsim.errors import ConfigError, nearest
 
 
 def known() -> list[str]:
@@ -11,7 +19,39 @@ def known() -> list[str]:
     return names.known(__name__)
 
 
-def load(name: str) -> Strategy:
-    """A rule by file name, or the user's own by dotted path. Raises ConfigError."""
-    strategy: Strategy = names.load(__name__, name, "STRATEGY", "server.strategy")
-    return strategy
+def describe(name: str) -> tuple[str, dict[str, Any]]:
+    """A rule's first line, and its options with their defaults."""
+    rule = load(name)
+    about = (import_module(type(rule).__module__).__doc__ or "").partition("\n")[0]
+    return about, {f.name: getattr(rule, f.name) for f in fields(cast(Any, rule))}
+
+
+def load(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
+    """A rule by file name, or the user's own by dotted path, with its options.
+
+    Raises:
+        ConfigError: there is no such rule, or an option is unknown, of another type or impossible.
+    """
+    rule: Any = names.load(__name__, name, "STRATEGY", "server.strategy")
+    if not (isinstance(rule, type) and is_dataclass(rule)):
+        raise ConfigError(
+            "server.strategy", got=name, expected="STRATEGY to be a dataclass",
+            remedy="Decorate the class with @dataclass(frozen=True); its fields are the options.",
+        )  # fmt: skip
+    given, own = dict(options or {}), [f.name for f in fields(rule)]
+    for key in given:
+        if key not in own:
+            remedy = nearest(key, own) if own else f"{name} has none."
+            raise ConfigError(f"server.options: unknown key {key!r} of {name}", remedy=remedy)
+    types, made = get_type_hints(rule, include_extras=True), {}
+    for key, value in given.items():
+        try:
+            made[key] = TypeAdapter(types[key]).validate_python(value, strict=True)
+        except ValidationError as failure:
+            message = failure.errors()[0]["msg"]
+            raise ConfigError(
+                f"server.options.{key} of {name}", got=value,
+                expected=message[0].lower() + message[1:],
+                remedy=f"The default is {getattr(rule, key, 'none')}.",
+            ) from failure  # fmt: skip
+    return cast(Strategy, rule(**made))

@@ -12,15 +12,30 @@ Paper: McMahan et al., arXiv:1602.05629, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan, ServerState
-from fedsim.reduce import Reduce
+from fedsim.core import (
+    AdapterLayout,
+    ClientMemory,
+    ClientUpdates,
+    LocalRule,
+    RoundPlan,
+    ServerState,
+)
+from fedsim.reduce import Reduce, uniform
 
 
+@dataclass(frozen=True)
 class FedAvg:
-    """Weighted mean of the updates; no state besides the row."""
+    """Weighted mean of the updates; no state besides the row.
+
+    Attributes:
+        equal: every client counts the same, p_k = 1/m.
+    """
+
+    equal: bool = False
 
     def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
         """The server before the first round."""
@@ -30,15 +45,20 @@ class FedAvg:
         """Every client starts from the global row."""
         return LocalRule(server.row)
 
+    def mean(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
+        """sum_k p_k delta_k, (P,) fp32."""
+        return reduce.mean(plan, updates, uniform if self.equal else None)
+
     def aggregate(
         self,
         server: ServerState,
         plan: RoundPlan,
         updates: Iterator[ClientUpdates],
         reduce: Reduce,
+        memory: ClientMemory,
     ) -> ServerState:
         """Fold the updates into the global row as they come."""
-        return ServerState(plan.round, server.row + reduce.mean(plan, updates))
+        return ServerState(plan.round, server.row + self.mean(plan, updates, reduce))
 
 
-STRATEGY = FedAvg()
+STRATEGY = FedAvg

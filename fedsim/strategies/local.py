@@ -12,15 +12,24 @@ By hand: start 0, clients end at 1 and 4: rows (1, 4), server 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan, ServerState
+from fedsim.core import (
+    AdapterLayout,
+    ClientMemory,
+    ClientUpdates,
+    LocalRule,
+    RoundPlan,
+    ServerState,
+)
 from fedsim.errors import ConfigError, RunError
 from fedsim.reduce import Reduce
 
 
+@dataclass(frozen=True)
 class Local:
     """Keeps every client's row, and combines nothing."""
 
@@ -43,6 +52,7 @@ class Local:
         plan: RoundPlan,
         updates: Iterator[ClientUpdates],
         reduce: Reduce,
+        memory: ClientMemory,
     ) -> ServerState:
         """Rows of the clients whose training stayed finite, in the plan's order."""
         rows, ids = [], []
@@ -56,8 +66,8 @@ class Local:
                 f"round {plan.round}: none of the {len(plan)} clients stayed finite",
                 remedy="Lower train.lr_max; clients.jsonl has each client's losses.",
             )
-        memory = {"clients": torch.stack(rows), "ids": torch.tensor(ids)}
-        return ServerState(plan.round, server.row, memory)
+        kept = {"clients": torch.stack(rows), "ids": torch.tensor(ids)}
+        return ServerState(plan.round, server.row, kept)
 
 
-STRATEGY = Local()
+STRATEGY = Local
