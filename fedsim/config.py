@@ -53,6 +53,9 @@ class Adapter(Section):
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank), not alpha / rank")
     lora_plus: float = Field(1.0, ge=1, description="B's learning rate over A's")
     dora: bool = Field(False, description="train the magnitude of every adapted row, too")
+    init: Literal["default", "pissa"] = Field(
+        "default", description="pissa: begin as the weights' largest singular parts"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Names = Field((), description="module names; empty: PEFT's default for the model")
 
@@ -167,6 +170,11 @@ class Config(Section):
             raise ValueError(
                 f"adapter.rank: got {self.adapter.rank}; expected {max(self.adapter.ranks)}, the "
                 "largest of adapter.ranks: the server's adapter has that rank"
+            )
+        if self.adapter.init == "pissa" and (self.adapter.dora or self.adapter.ranks):
+            raise ValueError(
+                "adapter.init: got pissa; expected default with adapter.dora or adapter.ranks: "
+                "its factors are those of one rank, beside weights whose norms they change"
             )
         if self.run.protocol == "flowertune" and self.clients.partition != "iid":
             raise ValueError(

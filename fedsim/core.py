@@ -142,6 +142,16 @@ class ServerState:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def after(
+        self, plan: RoundPlan, row: Tensor, memory: Mapping[str, Tensor] | None = None,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> ServerState:  # fmt: skip
+        """The state after a round; memory and base stay as they are where none is given."""
+        return ServerState(
+            plan.round, row, self.memory if memory is None else memory,
+            self.base if base is None else base,
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> ServerState:
         """The same state on another device."""
         memory, base = (

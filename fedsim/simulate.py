@@ -47,7 +47,7 @@ def run(
         base.correction.apply(server.base)
     else:
         folder.write_json("environment.json", describe(config, world))
-        server, scores = strategy.start(world.fresh(0), layout), []
+        server, scores = world.first(strategy, config.adapter), []
         scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
         commit(folder, server, scores, memory.index())
 

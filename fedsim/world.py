@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim import domains, evaluate, model, peft_io, record, seeds, weights
+from fedsim import config as configuration
+from fedsim import domains, evaluate, model, peft_io, pissa, record, seeds, weights
 from fedsim.adapters import initial_row
 from fedsim.config import Config
-from fedsim.core import ClientMemory, Population, ServerState, pick_device
+from fedsim.core import ClientMemory, Population, ServerState, Strategy, pick_device
 from fedsim.data import labels, partition, sources, tokens
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Sampling, own_sampling
@@ -39,6 +40,15 @@ class World:
         """A fresh adapter (P,): A random, another draw each round, B zero, magnitudes ||W||."""
         row = initial_row(self.base.layout, self.key, round).to(self.base.device)
         return self.base.magnitudes(row)
+
+    def first(self, strategy: Strategy, adapter: configuration.Adapter) -> ServerState:
+        """The server before the first round, and what PiSSA takes from the base taken from it."""
+        row = self.fresh(0)
+        taken: dict[str, Tensor] = {}
+        if adapter.init == "pissa":
+            row, taken = pissa.split(self.base, row, adapter.scale())
+            self.base.correction.apply(taken)
+        return replace(strategy.start(row, self.base.layout), base=taken)
 
     def subject(
         self, server: ServerState, memory: ClientMemory, personal: tuple[str, ...], limit: int

@@ -27,7 +27,7 @@ PINNED = """
 run.name run.seed run.protocol run.device run.out
 model.name model.revision model.dtype model.quantisation model.double_quantisation
 adapter.rank adapter.ranks adapter.alpha adapter.rslora adapter.lora_plus adapter.dora
-adapter.dropout adapter.targets
+adapter.init adapter.dropout adapter.targets
 data.domain data.source data.dir data.train data.max_length data.limit
 clients.number clients.partition clients.min_size clients.by clients.clusters clients.alpha
 clients.classes clients.shards clients.skew
@@ -47,7 +47,7 @@ REFUSED: dict[str, list[Any]] = {
     "model.quantisation": ["int8", 4], "model.double_quantisation": ["yes", 1],
     "adapter.rank": [0, 1025, 8.0, "8"], "adapter.ranks": [8, "8"],
     "adapter.alpha": [0.0, -1.0, "16"], "adapter.rslora": [1], "adapter.lora_plus": [0.5, "16"],
-    "adapter.dora": ["yes"],
+    "adapter.dora": ["yes"], "adapter.init": ["random", 1],
     "adapter.dropout": [-0.1, 1.0], "adapter.targets": ["q_proj", [1]],
     "data.domain": [1], "data.source": ["disk"], "data.dir": [1], "data.train": [1],
     "data.max_length": [7, 512.0], "data.limit": [0, -1],
@@ -133,6 +133,7 @@ def test_a_section_is_a_table() -> None:
         ),
         ({"train": {"beta1": 0.9, "beta2": 0.81}}, ("train.beta1", "train.beta2")),
         ({"adapter": {"rank": 32, "ranks": [8, 16]}}, ("adapter.rank", "adapter.ranks")),
+        ({"adapter": {"init": "pissa", "dora": True}}, ("adapter.init", "adapter.dora")),
     ],
 )
 def test_values_that_do_not_fit_each_other(values: dict[str, Any], keys: tuple[str, str]) -> None:

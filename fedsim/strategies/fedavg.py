@@ -58,7 +58,7 @@ class FedAvg:
         memory: ClientMemory,
     ) -> ServerState:
         """Fold the updates into the global row as they come."""
-        return ServerState(plan.round, server.row + self.mean(plan, updates, reduce))
+        return server.after(plan, server.row + self.mean(plan, updates, reduce))
 
 
 STRATEGY = FedAvg

@@ -67,7 +67,7 @@ class Local:
                 remedy="Lower train.lr_max; clients.jsonl has each client's losses.",
             )
         kept = {"clients": torch.stack(rows), "ids": torch.tensor(ids)}
-        return ServerState(plan.round, server.row, kept)
+        return server.after(plan, server.row, kept)
 
 
 STRATEGY = Local
