@@ -169,7 +169,9 @@ def report(result: dict[str, Any]) -> dict[str, float]:
     columns = ("domain", "task, metric", "n", "zero-shot", "federated", "change, 95 %", "majority",
                "above it, 95 %")  # fmt: skip
     harness.show("Domains", columns, table)
-    return {f"{r['task']}_{r['metric']}": round(r["change"], 4) for r in result["rows"]}
+    return {
+        f"{r['domain']}_{r['task']}_{r['metric']}": round(r["change"], 4) for r in result["rows"]
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,11 +23,14 @@ TITLES = {
 }
 EVALUATION = {
     "choice_vs_official": ("MMLU: times the official loop (fp4 base, fp32 compute)", ">= 5"),
-    "choice_vs_bf16": ("... as bitsandbytes runs it here, rounding to bf16", ""),
-    "choice_vs_dense": ("... times the same loop on the same dense fp32 weights", ">= 2"),
+    "choice_vs_bf16": (
+        "MMLU: times the official loop as bitsandbytes runs it, rounding to bf16",
+        "",
+    ),
+    "choice_vs_dense": ("MMLU: times the same loop on the same dense fp32 weights", ">= 2"),
     "choice_vs_official_prefix": ("MedMCQA: times the official loop", ">= 5"),
-    "choice_vs_bf16_prefix": ("... as bitsandbytes runs it here, rounding to bf16", ""),
-    "choice_vs_dense_prefix": ("... times the same loop on dense fp32 weights", ">= 2"),
+    "choice_vs_bf16_prefix": ("MedMCQA: times the same, rounding to bf16", ""),
+    "choice_vs_dense_prefix": ("MedMCQA: times the same loop on dense fp32 weights", ">= 2"),
     "eight_adapters": ("eight adapters in one call, over eight calls", "<= 0.9"),
     "examples_per_second_choice": ("MMLU, examples/s", ""),
     "examples_per_second_sentiment": ("finance sentiment, examples/s", ""),

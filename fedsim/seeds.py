@@ -42,6 +42,7 @@ class Purpose(enum.IntEnum):
     BOOTSTRAP = 5  # resampling for confidence intervals
     RANK = 6  # the rank of a client's adapter
     TOKEN = 7  # tokens of sampled continuations
+    ATTACK = 8  # who attacks, and the noise that they send
 
 
 def run_key(seed: int) -> int:
