@@ -134,7 +134,7 @@ class ServerState:
             from now on, 0 for as configured.
         base: what is added to the frozen weights of target modules, shared by all clients:
             "module.A" (R', I) and "module.B" (O, R'), whose product it is, or "module.W" (O, I);
-            fp32 (`factors.add_to_base`).
+            fp32.
     """
 
     round: int
