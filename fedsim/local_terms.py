@@ -27,8 +27,8 @@ class Starts:
         self._shared: dict[int, Tensor] = {}
         for rank in map(int, np.unique(plan.rank)):
             row = bank.cut(start, rank)
-            ratio = config.adapter.scale() / config.adapter.scale(rank)
-            if rule.same_product and ratio != 1:
+            if rule.same_product and rank != bank.layout.rank:
+                ratio = config.adapter.scale() / config.adapter.scale(rank)
                 row = torch.where(bank.layout.mask(("B",)).to(row.device), row * ratio, row)
             self._shared[rank] = row
         self._personal = bank.layout.mask(rule.personal).to(start.device) if rule.personal else None

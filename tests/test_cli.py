@@ -191,8 +191,8 @@ def test_stopped_moved_and_resumed(
     assert fedsim("run", file, "--set", "run.name=whole").code == 0
     commit = simulate.commit
 
-    def stop(folder: Any, server: Any, scores: Any) -> None:
-        commit(folder, server, scores)
+    def stop(folder: Any, server: Any, *rest: Any) -> None:
+        commit(folder, server, *rest)
         if server.round == 1:
             raise KeyboardInterrupt
 

@@ -27,6 +27,7 @@ from fedsim.evaluate.scores import Subject, answer, most_tokens, sampling
 from fedsim.evaluate.suite import Questions
 from fedsim.tasks import Form, Generation, Item, Program
 from fedsim.world import load_world
+from tests.rules import Kept
 
 ITEMS = [Item("one?", "yes"), Item("two?", "maybe not"), Item("one?", "no"), Item("four?", "a")]
 
@@ -156,7 +157,7 @@ def test_scores_are_counted_from_the_records(settings: Callable[..., Config]) ->
     config = settings(evaluate__limit=20)
     world = load_world(config, seeds.run_key(config.run.seed))
     server = ServerState(3, world.base.anchor.detach().new_zeros(world.base.layout.size))
-    scores, records = evaluate.evaluate(world.subject(server), world.tests)
+    scores, records = evaluate.evaluate(world.subject(server, Kept(), (), 1), world.tests)
     (task, lines), = records.items()  # fmt: skip
     assert task == "newswire" and len(lines) == 20
     for line, item in zip(lines, world.tests.tasks[task].items, strict=True):
