@@ -505,6 +505,7 @@ def test_clusters_are_a_function_of_texts_and_seed() -> None:
                       min_size=2, max_size=30), seed=SEEDS)  # fmt: skip
 @example(texts=["aaa", "aaa bbb"], seed=0)
 @example(texts=["", "12"], seed=0)
+@example(texts=["aaa", "aaa bbb", "ccc ddd", "ccc ddd"], seed=0)
 def test_every_cluster_has_a_text(texts: list[str], seed: int) -> None:
     k = len(set(texts))
     if k >= 2:

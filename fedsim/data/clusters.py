@@ -84,7 +84,8 @@ def _first_centres(texts: Vectors, k: int, rng: np.random.Generator) -> np.ndarr
     near = np.zeros(len(texts))  # cosine with the nearest chosen text
     for _ in range(k):
         ends = np.cumsum(np.maximum(1 - near, 0))
-        chosen.append(int(np.searchsorted(ends, rng.random() * ends[-1], side="right")))
+        at = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
+        chosen.append(min(at, len(texts) - 1))  # all alike: no distance is left to draw by
         near = np.maximum(near, texts.cosines(texts.dense(chosen[-1])[:, None])[:, 0])
     return np.stack([texts.dense(text) for text in chosen], axis=1)
 
