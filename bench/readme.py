@@ -46,6 +46,20 @@ def demo() -> str:
     return f"```\n{file.read_text(encoding='utf-8').rstrip()}\n```" if file.is_file() else ""
 
 
+def _measured(name: str) -> dict[str, Any]:
+    """A bench's record; empty where it has not been run."""
+    file = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _machine(result: dict[str, Any]) -> str:
+    """What a record was measured on."""
+    machine = result["machine"]
+    flags = ", ".join(machine["flags"]) or "no bf16 instructions"
+    return f"{machine['cpu']}, {machine['threads']} threads, {flags}"
+
+
 def _cell(found: dict[str, float] | None) -> str:
     if not found:
         return ""
@@ -56,11 +70,8 @@ def _cell(found: dict[str, float] | None) -> str:
 
 def clients() -> str:
     """Rounds of fedsim against stock PEFT, from clients.json."""
-    file = RESULTS / "clients.json"
-    if not file.is_file():
+    if not (result := _measured("clients")):
         return ""
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    machine = result["machine"]
     lines = [
         "| whole round, real tokens | tokens/s | x B0 | x B0 default | x B1 |",
         "|---|---|---|---|---|",
@@ -77,8 +88,7 @@ def clients() -> str:
         *lines, "",
         f"SmolLM2-135M-Instruct ({result['engine_dtype']}), rank 32 on q_proj and v_proj, FinGPT "
         f"sentiment, {steps} local steps, medians of {repeats} paired repeats with their range; "
-        f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{', '.join(machine['flags']) or 'no bf16 instructions'}. "
+        f"{_machine(result)}. "
         f"**B0** is stock transformers and PEFT, one client after another, padded, in its fastest "
         f"setting ({b0}); **B0 default** is what `from_pretrained` gives; **B1** is this engine "
         "with one client in a pass and no shared prefix. Written by `make bench`.",
@@ -87,11 +97,8 @@ def clients() -> str:
 
 def engine() -> str:
     """What the engine's steps cost, from engine.json."""
-    file = RESULTS / "engine.json"
-    if not file.is_file():
+    if not (result := _measured("engine")):
         return ""
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    machine = result["machine"]
     lines = ["| of the engine | measured | target | stretch |", "|---|---|---|---|"]
     for f in result["figures"].values():
         bound = "at least" if f["more"] else "at most"
@@ -103,19 +110,15 @@ def engine() -> str:
         *lines, "",
         f"SmolLM2-135M-Instruct, rank 16 on every linear, embedded examples; every arm in "
         f"{result['dtype']}; medians of paired repeats of one run with their range; "
-        f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{', '.join(machine['flags']) or 'no bf16 instructions'}. `bench/bench_engine.py` says "
+        f"{_machine(result)}. `bench/bench_engine.py` says "
         "what each figure is.",
     ])  # fmt: skip
 
 
 def evaluation() -> str:
     """Answers a second, from eval.json."""
-    file = RESULTS / "eval.json"
-    if not file.is_file():
+    if not (result := _measured("eval")):
         return ""
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    machine = result["machine"]
     lines = ["| evaluation, protocol flowertune | measured | target |", "|---|---|---|"]
     for key, f in result["figures"].items():
         title, target = EVALUATION[key]
@@ -124,18 +127,14 @@ def evaluation() -> str:
     return "\n".join([
         *lines, "",
         f"SmolLM2-135M-Instruct in {result['dtype']} under a rank-16 adapter on every linear; "
-        f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{', '.join(machine['flags']) or 'no bf16 instructions'}; answers equal before anything "
-        "is timed. `bench/bench_eval.py` says what each figure is.",
+        f"{_machine(result)}; answers equal before anything is timed. `bench/bench_eval.py` says what each figure is.",
     ])  # fmt: skip
 
 
 def domains() -> str:
     """What federated training did in each domain, from domains.json."""
-    file = RESULTS / "domains.json"
-    if not file.is_file():
+    if not (result := _measured("domains")):
         return ""
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     lines = [
         "| domain | task, metric | n | zero-shot | federated (each seed) | change, 95 % "
         "| majority | above it, 95 % |",
@@ -160,8 +159,7 @@ def domains() -> str:
         *lines, "",
         "SmolLM2-135M-Instruct, protocol fedsim, the real training and test sets (subsets, n "
         f"shown), {result['seeds']} seeds; intervals are paired over questions. {rounds}. "
-        f"`bench/domains.py` made it in {result['seconds'] / 60:.0f} minutes on "
-        f"{result['machine']['cpu']}, {result['machine']['threads']} threads.",
+        f"`bench/domains.py` took {result['seconds'] / 60:.0f} minutes on {_machine(result)}.",
     ])  # fmt: skip
 
 

@@ -202,30 +202,32 @@ class Score:
         return dict(self.__dict__)
 
 
-class Strategy(Protocol):
+class Strategy:
     """A federated rule: how clients start, and how their updates become the next server row.
 
-    A frozen dataclass whose fields are the rule's options, `server.options` in a configuration.
+    A frozen dataclass whose fields are the rule's options, `server.options` in a configuration. A
+    rule that keeps nothing but the row has only `step` of its own.
     """
 
     def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
         """The server before the first round, from a fresh adapter (P,)."""
-        ...
+        return ServerState(0, row)
 
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
-        """How the clients of a round train."""
-        ...
+        """How the clients of a round train: from the global row."""
+        return LocalRule(server.row)
+
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
+        """What the row moves by, (P,) fp32 or fp64."""
+        raise NotImplementedError
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
-        """The server after a round: its round is the plan's."""
-        ...
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
+        """The server after a round."""
+        step = self.step(plan, updates, reduce)
+        return server.after(plan, (server.row.double() + step).float())
 
 
 def pick_device(name: str) -> torch.device:

@@ -59,7 +59,7 @@ class Bulyan(Krum):
             middle = x.sort(dim=0).values[(theta - 1) // 2 : theta // 2 + 1].mean(0)
             order = (x - middle).abs().argsort(dim=0, stable=True)
             parts.append(x.gather(0, order[: theta - 2 * f]).mean(0))
-        return torch.cat(parts).float()
+        return torch.cat(parts)
 
 
 STRATEGY = Bulyan

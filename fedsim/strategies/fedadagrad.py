@@ -51,8 +51,8 @@ class FedAdagrad(FedAvg):
         v = torch.full_like(m, 0.0 if self.like == "flower" else self.tau**2)
         return ServerState(0, row, {"m": m, "v": v})
 
-    def mean(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
-        """d, (P,) fp32."""
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
+        """d, FedAvg's step."""
         equal = self.equal or self.like == "openfedllm"
         return reduce.mean(plan, updates, uniform if equal else None)
 
@@ -65,15 +65,11 @@ class FedAdagrad(FedAvg):
         return self.eta
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """One step of the optimiser."""
-        d = self.mean(plan, updates, reduce).double()
+        d = self.step(plan, updates, reduce).double()
         m = self.beta1 * server.memory["m"] + (1 - self.beta1) * d
         if self.like == "openfedllm" and server.round == 0:
             m = d

@@ -16,19 +16,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientUpdates, RoundPlan, Strategy
 from fedsim.reduce import Reduce, uniform
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Strategy):
     """Weighted mean of the updates; no state besides the row.
 
     Attributes:
@@ -37,28 +30,9 @@ class FedAvg:
 
     equal: bool = False
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the first round."""
-        return ServerState(0, row)
-
-    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
-        """Every client starts from the global row."""
-        return LocalRule(server.row)
-
-    def mean(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
-        """sum_k p_k delta_k, (P,) fp32."""
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
+        """sum_k p_k delta_k, as the updates come."""
         return reduce.mean(plan, updates, uniform if self.equal else None)
-
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
-        """Fold the updates into the global row as they come."""
-        return server.after(plan, server.row + self.mean(plan, updates, reduce))
 
 
 STRATEGY = FedAvg

@@ -56,15 +56,11 @@ class FedAvgM(FedAvg):
         return ServerState(0, row, {"v": torch.zeros_like(row, dtype=torch.float64)})
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """One step of momentum along the mean update."""
-        d = self.mean(plan, updates, reduce).double()
+        d = self.step(plan, updates, reduce).double()
         v = self.beta * server.memory["v"] + (1 - self.beta if self.ema else 1) * d
         if self.ema and server.round == 0:
             v = d

@@ -31,12 +31,13 @@ from fedsim.core import (
     LocalRule,
     RoundPlan,
     ServerState,
-)
+    Strategy,
+)  # fmt: skip
 from fedsim.reduce import Reduce, uniform
 
 
 @dataclass(frozen=True)
-class FedDyn:
+class FedDyn(Strategy):
     """Dynamic regularisation.
 
     Attributes:
@@ -54,13 +55,9 @@ class FedDyn:
         return LocalRule(server.row, prox_mu=self.alpha, control="control")
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """h and x from the sum of updates; each h_k as its update passes."""
         sums = reduce.sums(plan, self._keep(plan, updates, memory), uniform)
         h = server.memory["h"] - self.alpha / plan.population * sums.totals[0]

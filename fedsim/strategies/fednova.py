@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from fedsim.core import ClientMemory, ClientUpdates, RoundPlan, ServerState
+from fedsim.core import ClientUpdates, RoundPlan
 from fedsim.reduce import Reduce
 from fedsim.strategies.fedavg import FedAvg
 
@@ -28,21 +29,13 @@ from fedsim.strategies.fedavg import FedAvg
 class FedNova(FedAvg):
     """FedAvg of updates per local step."""
 
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """The mean step, as often as clients stepped in the mean."""
         n = np.ones(len(plan)) if self.equal else plan.weights
         sums = reduce.sums(plan, updates, lambda block: n[block.index] / plan.steps[block.index])
         p = n[sums.ok] / n[sums.ok].sum()
         steps = float((p * plan.steps[sums.ok]).sum())
-        mean = steps * sums.totals[0] / n[sums.ok].sum()
-        return server.after(plan, (server.row.double() + mean).float())
+        return sums.totals[0] * (steps / float(n[sums.ok].sum()))
 
 
 STRATEGY = FedNova

@@ -32,13 +32,9 @@ class FedSALoRA(FedAvg):
         return LocalRule(server.row, down=("A",), up=("A",), personal=("B", "mag"))
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """Fold A; each healthy client's row is kept as it passes."""
 
         def kept() -> Iterator[ClientUpdates]:
@@ -47,7 +43,7 @@ class FedSALoRA(FedAvg):
                     memory.write("row", int(plan.client_ids[block.index[i]]), block.row[i])
                 yield block
 
-        mean = self.mean(plan, kept(), reduce)
+        mean = self.step(plan, kept(), reduce)
         shared = reduce.layout.mask(("A",)).to(mean.device)
         return server.after(plan, server.row + torch.where(shared, mean, 0))
 

@@ -26,20 +26,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientUpdates, RoundPlan, Strategy
 from fedsim.reduce import Reduce
 from fedsim.strategies.median import columns
 
 
 @dataclass(frozen=True)
-class GeometricMedian:
+class GeometricMedian(Strategy):
     """Smoothed Weiszfeld iterations in fp64; no state besides the row.
 
     Attributes:
@@ -54,22 +47,7 @@ class GeometricMedian:
     iterations: Annotated[int, Field(ge=1)] = 100
     tolerance: Annotated[float, Field(ge=0)] = 1e-6
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the first round."""
-        return ServerState(0, row)
-
-    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
-        """Every client starts from the global row."""
-        return LocalRule(server.row)
-
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """O(iterations M P) time and O(M P) memory."""
         found = reduce.rows(plan, updates)
         m = len(found.index)
@@ -83,7 +61,7 @@ class GeometricMedian:
             before, z = z, _mean(parts, weights / square.sqrt().clamp_min(self.nu))
             if (z - before).norm() <= self.tolerance * z.norm():
                 break
-        return server.after(plan, server.row + z.float())
+        return z
 
 
 def _mean(parts: tuple[Tensor, ...], weights: Tensor) -> Tensor:

@@ -24,21 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.errors import ConfigError, FedSimError, RunError
 from fedsim.reduce import Reduce, Rows
 from fedsim.strategies.median import columns
 
 
 @dataclass(frozen=True)
-class Krum:
+class Krum(Strategy):
     """One client's update; no state besides the row.
 
     Attributes:
@@ -49,28 +42,16 @@ class Krum:
     f: Annotated[int, Field(ge=0)] | None = None
     times: ClassVar[int] = 2  # m is at least times f + 3
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the first round."""
-        return ServerState(0, row)
-
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """Every client starts from the global row, where the round is large enough for f."""
         self.attackers(plan, len(plan), ConfigError)
-        return LocalRule(server.row)
+        return super().rule(server, plan)
 
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """Judge a round by those that returned; memory O(M P)."""
         found = reduce.rows(plan, updates)
         f = self.attackers(plan, len(found.index), RunError)
-        step = self.combine(found, plan.client_ids[found.index], f, plan.round)
-        return server.after(plan, server.row + step)
+        return self.combine(found, plan.client_ids[found.index], f, plan.round)
 
     def attackers(self, plan: RoundPlan, m: int, error: type[FedSimError]) -> int:
         """f of m clients."""
@@ -86,7 +67,7 @@ class Krum:
         return self.f
 
     def combine(self, found: Rows, ids: np.ndarray, f: int, round: int) -> Tensor:
-        """The step of the server, (P,) fp32."""
+        """The step from all updates, (P,)."""
         return found.delta[ranking(squared_distances(found.delta), ids, f)[0]]
 
 

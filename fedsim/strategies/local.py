@@ -15,27 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.errors import ConfigError, RunError
 from fedsim.reduce import Reduce
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Strategy):
     """Keeps every client's row, and combines nothing."""
-
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the only round."""
-        return ServerState(0, row)
 
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """Every client starts from the first row; in a second round it would start again."""
@@ -44,16 +32,12 @@ class Local:
                 "server.rounds with strategy local", got=plan.round, expected="1",
                 remedy="Use `fedsim run --reference local`, which puts all steps into one round.",
             )  # fmt: skip
-        return LocalRule(server.row)
+        return super().rule(server, plan)
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """Rows of the clients whose training stayed finite, in the plan's order."""
         rows, ids = [], []
         for block in updates:

@@ -19,14 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientUpdates, RoundPlan, Strategy
 from fedsim.reduce import Reduce
 
 _NUMBERS = 1 << 22  # of all clients together, worked on at once
@@ -39,34 +32,19 @@ def columns(delta: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Median:
+class Median(Strategy):
     """Coordinate median; no state besides the row."""
 
     def cut(self, m: int) -> int:
         """How many of m are dropped at either end."""
         return (m - 1) // 2
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the first round."""
-        return ServerState(0, row)
-
-    def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
-        """Every client starts from the global row."""
-        return LocalRule(server.row)
-
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """The mean of what is left of each number; memory O(M P)."""
         delta = reduce.rows(plan, updates).delta
         m, cut = len(delta), self.cut(len(delta))
         parts = [p.sort(dim=0).values[cut : m - cut].double().mean(0) for p in columns(delta)]
-        return server.after(plan, server.row + torch.cat(parts).float())
+        return torch.cat(parts)
 
 
 STRATEGY = Median

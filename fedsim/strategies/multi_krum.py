@@ -51,7 +51,7 @@ class MultiKrum(Krum):
         w = np.zeros(m)
         w[chosen] = found.weights[chosen] if self.weighted else 1.0
         weights = torch.from_numpy(w / w.sum()).to(found.delta.device)
-        return torch.cat([weights @ part.double() for part in columns(found.delta)]).float()
+        return torch.cat([weights @ part.double() for part in columns(found.delta)])
 
 
 STRATEGY = MultiKrum

@@ -24,19 +24,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-)
+from fedsim.core import ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.reduce import Reduce
 
 
 @dataclass(frozen=True)
-class QFedAvg:
+class QFedAvg(Strategy):
     """Fair aggregation; no state besides the row.
 
     Attributes:
@@ -47,22 +40,11 @@ class QFedAvg:
     q: Annotated[float, Field(ge=0)] = 0.2
     lipschitz: Annotated[float, Field(ge=0)] = 0.0
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """The server before the first round."""
-        return ServerState(0, row)
-
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """Every client starts from the global row, and sends its share of the denominator too."""
         return LocalRule(server.row, more_up=1)
 
-    def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+    def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """Both sums as the updates come."""
         # A schedule may end at rate 0, where every update is 0 and any finite L gives 0.
         q, lip = self.q, self.lipschitz or 1 / max(float(plan.lr.max()), 1e-30)
@@ -79,8 +61,7 @@ class QFedAvg:
             return np.asarray(q * loss(block) ** (q - 1) * square + above(block))
 
         sums = reduce.sums(plan, updates, above, below)
-        step = sums.totals[0] / sums.weights[1]
-        return server.after(plan, (server.row.double() + step).float())
+        return sums.totals[0] / sums.weights[1]
 
 
 STRATEGY = QFedAvg

@@ -37,7 +37,7 @@ from fedsim.core import (
     LocalRule,
     RoundPlan,
     ServerState,
-)
+)  # fmt: skip
 from fedsim.reduce import Reduce
 from fedsim.strategies.fedavg import FedAvg
 
@@ -72,16 +72,12 @@ class Scaffold(FedAvg):
         )  # fmt: skip
 
     def aggregate(
-        self,
-        server: ServerState,
-        plan: RoundPlan,
-        updates: Iterator[ClientUpdates],
-        reduce: Reduce,
-        memory: ClientMemory,
-    ) -> ServerState:
+        self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
+        reduce: Reduce, memory: ClientMemory,
+    ) -> ServerState:  # fmt: skip
         """x by the mean; each c_k as its update passes."""
         c = server.memory["c"].clone()
-        mean = self.mean(plan, self._keep(server, plan, updates, reduce, memory, c), reduce)
+        mean = self.step(plan, self._keep(server, plan, updates, reduce, memory, c), reduce)
         row = (server.row.double() + self.eta * mean.double()).float()
         return server.after(plan, row, {**server.memory, "c": c})
 
