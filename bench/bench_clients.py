@@ -100,7 +100,7 @@ class Work:
     def build(cls, config: Config, world: World) -> Work:
         """Round 1 of this configuration, whose clients may be others than the world's."""
         key = seeds.run_key(config.run.seed)
-        clients = partition.build(config, len(world.store))
+        clients = partition.build(config, len(world.data.store))
         plan = plan_round(config, clients, 1, key)
         batches = [
             [step_examples(config, clients.of(c), key, c, 1, s) for s in range(n)]
@@ -127,7 +127,7 @@ class Work:
 def engine_round(work: Work) -> Trained:
     """The round in this engine, with the work's own slots and shared prefix."""
     world, key = work.world, seeds.run_key(work.config.run.seed)
-    trainer = Trainer(world.base, world.store, world.population, work.config, key)
+    trainer = Trainer(world.base, world.data.store, world.data.population, work.config, key)
     done = list(trainer.train(work.plan, LocalRule(work.start), Meter()))
     if not all(update.ok.all() for update in done):
         raise RunError("the engine met a loss that is not finite")
@@ -147,7 +147,7 @@ def stock_round(stock: Stock, work: Work) -> Trained:
     visits = [
         (float(plan.lr[i]), work.batches[i][: plan.steps[i]]) for i in np.concatenate(plan.lanes)
     ]
-    return stock.round(work.start, visits, work.world.store, work.config.train)
+    return stock.round(work.start, visits, work.world.data.store, work.config.train)
 
 
 def check_equal(work: Work, stock: Stock) -> float:
@@ -208,7 +208,7 @@ def measure(name: str, work: Work, fastest: dict[str, Any], quick: bool) -> dict
     timed = harness.time_arms(arms, (QUICK if quick else FULL)[1], name)
     if not dropout:  # where the default is the fastest, it was timed as b0
         timed.setdefault("b0_default", timed["b0"])
-    lengths = [work.world.store.lengths[b] for steps in work.batches for b in steps]
+    lengths = [work.world.data.store.lengths[b] for steps in work.batches for b in steps]
     tokens = sum(int(n.sum()) for n in lengths)
     if quick and "b0_default" in arms:  # one client's seconds, as if all were as fast
         one = timed["b0_default"]

@@ -75,7 +75,7 @@ def rounds(what: str, work: Work, other: Work, repeats: int) -> Figure:
     must_agree(f"{what}: losses", got, want, TOLERANCE[work.world.base.dtype])
     arms = {n: Arm(partial(engine_round, w)) for n, w in (("engine", work), ("other", other))}
     timed = harness.time_arms(arms, repeats, what)
-    tokens = [int(work.world.store.lengths[b].sum()) for steps in work.batches for b in steps]
+    tokens = [int(work.world.data.store.lengths[b].sum()) for steps in work.batches for b in steps]
     return harness.figure(
         harness.ratio(timed["other"].seconds, timed["engine"].seconds), clients=len(work.plan),
         tokens_per_step=[min(tokens), max(tokens)],
@@ -86,7 +86,7 @@ def rounds(what: str, work: Work, other: Work, repeats: int) -> Figure:
 def vs_b1(world: World, name: str, clients: int, batch: int, repeats: int) -> Figure:
     """Packed over one client per pass. Raises RunError where steps are not of the named size."""
     work = Work.build(configure("", clients, batch), world)
-    longest = max(int(world.store.lengths[b].sum()) for steps in work.batches for b in steps)
+    longest = max(int(world.data.store.lengths[b].sum()) for steps in work.batches for b in steps)
     # A pass that ends just before its client's step does would be a handicap of the budget's.
     alone = work.train(slots=1, budget_tokens=max(2048, longest))
     found = rounds(name, work, alone, repeats)
@@ -145,9 +145,9 @@ torch.set_num_threads(int(sys.argv[2]))
 config = build(json.loads(sys.argv[1]), "bench_engine")
 key = seeds.run_key(config.run.seed)
 world = load_world(config, key)
-trainer = Trainer(world.base, world.store, world.population, config, key)
+trainer = Trainer(world.base, world.data.store, world.data.population, config, key)
 rule = LocalRule(initial_row(world.base.layout, key))
-plan = plan_round(config, world.population, 1, key)
+plan = plan_round(config, world.data.population, 1, key)
 assert all(update.ok.all() for update in trainer.train(plan, rule, Meter()))
 print(time.time())
 """

@@ -49,7 +49,7 @@ class Step:
     ) -> None:
         """Client c has the examples from c `batch` on; `base` in place of the world's."""
         config = configure("", clients, batch, **train)
-        self.base, self.store = base or world.base, world.store
+        self.base, self.store = base or world.base, world.data.store
         owned = Population(np.arange(clients + 1) * batch, np.arange(clients * batch))
         self.trainer = Trainer(self.base, self.store, owned, config, KEY)
         ones = np.ones(clients, dtype=np.int64)

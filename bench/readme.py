@@ -127,7 +127,8 @@ def evaluation() -> str:
     return "\n".join([
         *lines, "",
         f"SmolLM2-135M-Instruct in {result['dtype']} under a rank-16 adapter on every linear; "
-        f"{_machine(result)}; answers equal before anything is timed. `bench/bench_eval.py` says what each figure is.",
+        f"{_machine(result)}; answers equal before anything is timed. `bench/bench_eval.py` says "
+        "what each figure is.",
     ])  # fmt: skip
 
 

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from statistics import NormalDist
-from typing import Annotated, Any, ClassVar, Protocol, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
+from fedsim import options as options_
 from fedsim import seeds
 from fedsim.core import AdapterLayout, ClientUpdates, Population, RoundPlan
 from fedsim.errors import ConfigError, DataError, RunError, nearest
@@ -42,7 +43,7 @@ class Sent:
         delta: (k, P) fp32.
         has: (k, P) bool, the numbers that each sends.
         clients: (k,) int64 ids. bad: (k,) bool, who attacks.
-        round, key, purpose: of counted randomness.
+        round, key: of counted randomness.
     """
 
     delta: Tensor
@@ -51,7 +52,6 @@ class Sent:
     bad: np.ndarray
     round: int
     key: int
-    purpose: seeds.Purpose
 
 
 class Attack(Protocol):
@@ -103,7 +103,7 @@ class Gaussian:
         """std n, n ~ N(0, 1), the same on every device."""
         p = sent.delta.shape[1]
         rows = [
-            normal(sent.key, sent.purpose, p, client=int(client), round=sent.round)
+            seeds.normal(sent.key, seeds.Purpose.ATTACK, p, client=int(client), round=sent.round)
             for client in sent.clients[sent.bad]
         ]
         return (self.std * torch.stack(rows)).to(sent.delta)
@@ -146,31 +146,22 @@ def attack(kind: str, options: Mapping[str, Any] | None = None) -> Attack:
         ConfigError: there is no such attack, or an option is unknown or impossible.
     """
     if kind not in KINDS:
-        raise ConfigError("attack", got=kind, remedy=nearest(kind, KINDS))
-    made, types = {}, get_type_hints(KINDS[kind], include_extras=True)
-    own = [f.name for f in fields(KINDS[kind])]  # type: ignore[arg-type]
-    for key, value in (options or {}).items():
-        if key not in own:
-            raise ConfigError(f"attack: unknown key {key!r} of {kind}", remedy=nearest(key, own))
-        try:
-            made[key] = TypeAdapter(types[key]).validate_python(value, strict=True)
-        except ValidationError as failure:
-            message = failure.errors()[0]["msg"]
-            raise ConfigError(f"attack.{key} of {kind}", got=value, expected=message) from failure
-    return KINDS[kind](**made)
+        raise ConfigError("attack.kind", got=kind, remedy=nearest(kind, KINDS))
+    made: Attack = options_.make(KINDS[kind], options or {}, "attack.options", kind)
+    return made
 
 
-def attackers(key: int, purpose: seeds.Purpose, clients: int, fraction: float) -> np.ndarray:
+def attackers(key: int, clients: int, fraction: float) -> np.ndarray:
     """Who attacks, floor(fraction N) of N clients: (N,) bool; more with a larger fraction."""
     out = np.zeros(clients, dtype=bool)
     count = math.floor(Fraction(str(fraction)) * clients)
-    out[seeds.permutation(key, purpose, clients)[:count]] = True
+    out[seeds.permutation(key, seeds.Purpose.ATTACK, clients)[:count]] = True
     return out
 
 
 def poison(
     how: Attack, updates: Iterable[ClientUpdates], *, plan: RoundPlan, bad: np.ndarray,
-    layout: AdapterLayout, up: Sequence[str], key: int, purpose: seeds.Purpose,
+    layout: AdapterLayout, up: Sequence[str], key: int,
 ) -> Iterator[ClientUpdates]:  # fmt: skip
     """A round's updates as the server gets them; those of honest and failed clients unchanged.
 
@@ -187,8 +178,8 @@ def poison(
             yield from group
             continue
         delta = torch.cat([u.delta[torch.from_numpy(u.ok).to(u.row.device)] for u in group])
-        has = _has(layout, up, plan.rank[index[ok]]).to(delta.device)
-        sent = Sent(delta, has, ids[ok], bad[ids[ok]], plan.round, key, purpose)
+        has = torch.stack([layout.mask(up, int(r)) for r in plan.rank[index[ok]]]).to(delta.device)
+        sent = Sent(delta, has, ids[ok], bad[ids[ok]], plan.round, key)
         yield from _replaced(group, sent, how(sent), bad[ids] & ok)
 
 
@@ -208,25 +199,8 @@ def _replaced(
         yield replace(block, row=row, ok=ok)
 
 
-def _has(layout: AdapterLayout, kinds: Sequence[str], ranks: np.ndarray) -> Tensor:
-    """Which numbers clients of these ranks send: (k, P) bool."""
-    out = layout.mask(kinds).repeat(len(ranks), 1)
-    for i in np.flatnonzero(ranks < layout.rank):
-        for a, b in layout.factors(out[i : i + 1]).values():
-            a[:, ranks[i] :], b[..., ranks[i] :] = False, False
-    return out
-
-
 def _where(sent: Sent) -> Tensor:
     return torch.from_numpy(np.flatnonzero(sent.bad)).to(sent.delta.device)
-
-
-def normal(key: int, purpose: seeds.Purpose, count: int, **where: int) -> Tensor:
-    """N(0, 1) by Box and Muller, from two words each pair: (count,) fp64."""
-    half = (count + 1) // 2
-    u, v = seeds.uniform(key, purpose, 2 * half, **where).split(half)
-    r, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-    return torch.cat([r * angle.cos(), r * angle.sin()])[:count]
 
 
 def z_max(m: int, f: int) -> float:

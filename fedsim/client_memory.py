@@ -37,6 +37,7 @@ class DiskMemory:
             self._now[name] = {int(client): int(place) for client, place in table.tolist()}
         self._before: Places = {k: dict(v) for k, v in self._now.items()}
         self._staged: Places = {}
+        self._free: dict[str, list[int]] = {}  # the end of the file, then free places before it
         self._touched: set[str] = set()
 
     def read(self, name: str, client: int) -> Tensor | None:
@@ -68,12 +69,10 @@ class DiskMemory:
         Raises:
             RunError: the disk is full or not writable.
         """
-        used = {p for part in (self._now, self._before, self._staged)
-                for p in part.get(name, {}).values()}  # fmt: skip
-        place = self._staged.get(name, {}).get(client)
-        if place is None:
-            place = next(p for p in range(len(used) + 1) if p not in used)
-        self._staged.setdefault(name, {})[client] = place
+        staged = self._staged.setdefault(name, {})
+        if client not in staged:
+            staged[client] = self._place(name)
+        place = staged[client]
         path = self._file(name)
         values: np.ndarray = row.detach().float().cpu().contiguous().numpy()
         try:
@@ -84,6 +83,18 @@ class DiskMemory:
         except OSError as failure:
             raise write_failed(path, failure) from failure
         self._touched.add(name)
+
+    def _place(self, name: str) -> int:
+        """A place that no checkpoint refers to, and nobody in this round."""
+        if name not in self._free:
+            used = {p for part in (self._now, self._before) for p in part.get(name, {}).values()}
+            end = max(used, default=-1) + 1
+            self._free[name] = [end, *sorted({*range(end)} - used, reverse=True)]
+        free = self._free[name]
+        if len(free) > 1:
+            return free.pop()
+        free[0] += 1
+        return free[0] - 1
 
     def clients(self, name: str) -> list[int]:
         """Those that have such a row, ascending."""
@@ -101,7 +112,7 @@ class DiskMemory:
             name: {**self._now.get(name, {}), **self._staged.get(name, {})}
             for name in {**self._now, **self._staged}
         }
-        self._staged = {}
+        self._staged, self._free = {}, {}
         return {
             name: torch.tensor(sorted(table.items()), dtype=torch.int64).reshape(-1, 2)
             for name, table in self._now.items()

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedsim.attackers import Attack
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
 from fedsim.section import Section
@@ -140,6 +141,7 @@ class Config(Section):
     data: Data = Data()
     clients: Clients = Clients()
     server: Server = Server()
+    attack: Attack = Attack()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
 
@@ -181,7 +183,7 @@ class Config(Section):
                 f"clients.partition: got {self.clients.partition}; expected iid with "
                 "run.protocol = flowertune"
             )
-        if misfit := self.clients.misfit():
+        if misfit := self.clients.misfit() or self.attack.misfit():
             raise ValueError(misfit)
         return self
 

@@ -130,8 +130,7 @@ class ServerState:
     """What the server remembers between rounds; checkpointed whole.
 
     Attributes:
-        memory: the rule's own tensors; "ranks" (N,) int64, where there, are the clients' ranks
-            from now on, 0 for as configured.
+        memory: the rule's own tensors.
         base: what is added to the frozen weights of target modules, shared by all clients:
             "module.A" (R', I) and "module.B" (O, R'), whose product it is, or "module.W" (O, I);
             fp32.

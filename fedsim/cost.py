@@ -11,7 +11,7 @@ import torch
 from fedsim import domains, peft_io, seeds, strategies, weights
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
-from fedsim.data import labels, partition, sources, tokens
+from fedsim.data import sources, tokens, training
 from fedsim.display import over_budget
 from fedsim.linears import target_linears
 from fedsim.memory import activation_bytes, recomputes
@@ -110,7 +110,7 @@ def estimate(config: Config) -> Estimate:
     data = _data(config, found)
     device = pick_device(config.run.device)
     dtype, budget = compute_dtype(config, device), pass_budget(config, device)
-    work = _work(config, *data, budget) if data else None
+    work = _work(config, data.store, data.population, budget) if data else None
     numbers = sum(p.numel() for p in model.parameters())
     slots = min(config.train.slots, config.per_round)
     recompute = recomputes(config, hf, device, dtype)
@@ -128,7 +128,9 @@ def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float
     Exact where that does not depend on the rounds before; FLoRA and its kin, which also send what
     was added to the base, are counted without that.
     """
-    key, n = seeds.run_key(config.run.seed), config.clients.number
+    key = seeds.run_key(config.run.seed)
+    # Who they are matters only where their ranks differ; else no round draws from all N.
+    n = config.clients.number if config.adapter.ranks else config.per_round
     population = Population(np.arange(n + 1), np.arange(n))
     server = strategy.start(torch.zeros(layout.size), layout)
     total = 0.0
@@ -138,17 +140,15 @@ def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float
     return total
 
 
-def _data(
-    config: Config, found: weights.Weights
-) -> tuple[tokens.TokenStore, Population] | None:  # fmt: skip
+def _data(config: Config, found: weights.Weights) -> training.Training | None:
     """The training examples and who holds them; None where the tokenizer is not here."""
     if not (found.path / "tokenizer.json").is_file():
         return None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
     rows = sources.load(config.data, domain, dataset, domain.columns)
-    store = tokens.training_store(rows, domain, weights.tokenizer(found), config)
-    return store, partition.build(config, len(store), labels.of(config, rows.rows, domain))
+    key = seeds.run_key(config.run.seed)
+    return training.load(config, rows, domain, weights.tokenizer(found), key)
 
 
 def _work(

@@ -147,10 +147,13 @@ class AdapterLayout:
         mine = [p for p in self.pieces if p.kind in kinds]
         return sum(p.size if p.kind == "mag" else p.size // self.rank * r for p in mine)
 
-    def mask(self, kinds: Sequence[str]) -> Tensor:
-        """Which of the P numbers belong to these kinds of pieces: (P,) bool; gaps do not."""
+    def mask(self, kinds: Sequence[str], rank: int | None = None) -> Tensor:
+        """Which of the P numbers a client of this rank has in these kinds of pieces: (P,) bool;
+        gaps belong to none."""
         out = torch.zeros(1, self.size, dtype=torch.bool)
         for piece in self.pieces:
             if piece.kind in kinds:
-                self.view(out, piece).fill_(True)
+                view = self.view(out, piece)
+                cut = {"A": view[:, :rank], "B": view[..., :rank], "mag": view}[piece.kind]
+                cut.fill_(True)
         return out[0]

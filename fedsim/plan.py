@@ -10,7 +10,6 @@ from itertools import takewhile
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim import seeds
 from fedsim.config import Config
@@ -37,25 +36,17 @@ def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * round / rounds))
 
 
-def sampled(
-    config: Config, clients: int, round: int, key: int, ranks_now: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def sampled(config: Config, clients: int, round: int, key: int) -> tuple[np.ndarray, np.ndarray]:
     """The clients of a round, without replacement, and their ranks: (M,) int64 each.
 
     A client keeps its rank in all rounds: one of `adapter.ranks`, each as probable as it is
-    frequent there, unless the rule has changed it since. Clients are ordered by rank, up to the
-    next power of two, then by number.
-
-    Args:
-        ranks_now: (N,) int64 that rules have set, 0 where none has.
+    frequent there. Clients are ordered by rank, up to the next power of two, then by number.
     """
     order = seeds.permutation(key, seeds.Purpose.SAMPLING, clients, round=round)
     ids = np.sort(order[: config.per_round]).astype(np.int64)
     ranks = np.array(config.adapter.ranks or [config.adapter.rank])
     words = seeds.first_words(key, seeds.Purpose.RANK, ids)
     rank = ranks[words * len(ranks) >> 32]
-    if ranks_now is not None:
-        rank = np.where(ranks_now[ids] > 0, ranks_now[ids], rank)
     order = np.argsort(_bucket(rank), kind="stable")
     return ids[order], rank[order]
 
@@ -65,17 +56,9 @@ def _bucket(rank: np.ndarray) -> np.ndarray:
     return np.array([(int(r) - 1).bit_length() for r in rank])
 
 
-def plan_round(
-    config: Config, population: Population, round: int, key: int,
-    ranks: Tensor | None = None,
-) -> RoundPlan:  # fmt: skip
-    """Sample the round's clients and write down their work; a lane for each bucket of ranks.
-
-    Args:
-        ranks: (N,) int64 that the rule has set, 0 where as configured.
-    """
-    now = None if ranks is None else ranks.cpu().numpy()
-    ids, rank = sampled(config, len(population), round, key, now)
+def plan_round(config: Config, population: Population, round: int, key: int) -> RoundPlan:
+    """Sample the round's clients and write down their work; a lane for each bucket of ranks."""
+    ids, rank = sampled(config, len(population), round, key)
     m, train = len(ids), config.train
     lr = cosine_lr(round, config.server.rounds, train.lr_max, train.lr_min)
     return RoundPlan(

@@ -47,14 +47,10 @@ class Reduce:
 
     Attributes:
         layout: of the rows.
-        scale: s of the server's row, alpha / R.
-        initial: round -> a fresh adapter (P,), its B zero, the same for all who ask.
     """
 
-    def __init__(
-        self, layout: AdapterLayout, scale: float, initial: Callable[[int], Tensor]
-    ) -> None:
-        self.layout, self.scale, self.initial = layout, scale, initial
+    def __init__(self, layout: AdapterLayout) -> None:
+        self.layout = layout
 
     def mean(
         self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: Weigh | None = None

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -87,6 +88,14 @@ def first_words(key: int, purpose: Purpose, clients: np.ndarray) -> np.ndarray:
 def uniform(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
     """`count` numbers in (0, 1): (word + 1/2) / 2^32, float64."""
     return (words(key, purpose, count, **where).double() + 0.5) * 2.0**-32
+
+
+def normal(key: int, purpose: Purpose, count: int, **where: int) -> Tensor:
+    """N(0, 1) by Box and Muller, from two words each pair: (count,) float64."""
+    half = (count + 1) // 2
+    u, v = uniform(key, purpose, 2 * half, **where).split(half)
+    r, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    return torch.cat([r * angle.cos(), r * angle.sin()])[:count]
 
 
 def token_uniform(key: int, request: np.ndarray, position: np.ndarray) -> Tensor:

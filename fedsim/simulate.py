@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedsim import checkpoint as checkpoints
 from fedsim import evaluate, peft_io, seeds, strategies
+from fedsim.aggregation_error import Drift
 from fedsim.checkpoint import Checkpoint
 from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, ServerState
-from fedsim.drift import Drift
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -35,10 +35,9 @@ def run(
     folder = open_folder(config, resume=resume, fresh=fresh)
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
-    strategy = strategies.load(config.server.strategy, config.server.options)
     base, layout = world.base, world.base.layout
-    reduce = Reduce(layout, config.adapter.scale(), world.fresh)
-    trainer = Trainer(world.base, world.store, world.population, config, key)
+    strategy = strategies.load(config.server.strategy, config.server.options)
+    trainer = Trainer(base, world.data.store, world.data.population, config, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
@@ -57,15 +56,16 @@ def run(
     due = {r for r in range(server.round + 1, rounds) if every and r % every == 0} | {rounds}
     meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
-        plan = plan_round(config, world.population, round, key, server.memory.get("ranks"))
+        plan = plan_round(config, world.data.population, round, key)
         meter.begin(round, steps=int(plan.steps.sum()))
         with meter.timed("train"):
             rule = strategy.rule(server, plan)
             seen: list[ClientUpdates] = []
             drift = Drift(layout, config.adapter.scale(), plan)
-            updates = (keep(seen, drift.see(u)) for u in trainer.train(plan, rule, meter, memory))
+            trained = trainer.train(plan, rule, meter, memory)
+            updates = (keep(seen, drift.see(u)) for u in world.poisoned(trained, plan, rule))
             try:
-                server = strategy.aggregate(server, plan, updates, reduce, memory)
+                server = strategy.aggregate(server, plan, updates, Reduce(layout), memory)
             finally:  # where all clients failed, their losses are what a person looks for now
                 clients = client_lines(plan, seen)
                 folder.append("clients.jsonl", clients)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim import attack, domains, evaluate, model, peft_io, pissa, record, seeds, weights
 from fedsim import config as configuration
-from fedsim import domains, evaluate, model, peft_io, pissa, record, seeds, weights
 from fedsim.adapters import initial_row
 from fedsim.config import Config
-from fedsim.core import ClientMemory, Population, ServerState, Strategy, pick_device
-from fedsim.data import labels, partition, sources, tokens
+from fedsim.core import (
+    ClientMemory,
+    ClientUpdates,
+    LocalRule,
+    RoundPlan,
+    ServerState,
+    Strategy,
+    pick_device,
+)
+from fedsim.data import sources, training
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Sampling, own_sampling
 from fedsim.plan import pass_budget
@@ -24,8 +33,7 @@ class World:
     """Everything that is loaded once and never changes during a run."""
 
     base: model.Base
-    store: tokens.TokenStore
-    population: Population
+    data: training.Training
     tests: evaluate.Suite
     engine: Engine
     tokenizer: Any
@@ -35,20 +43,28 @@ class World:
     precision: str
     defaults: Sampling
     key: int
-
-    def fresh(self, round: int) -> Tensor:
-        """A fresh adapter (P,): A random, another draw each round, B zero, magnitudes ||W||."""
-        row = initial_row(self.base.layout, self.key, round).to(self.base.device)
-        return self.base.magnitudes(row)
+    attack: attack.Attack | None
 
     def first(self, strategy: Strategy, adapter: configuration.Adapter) -> ServerState:
         """The server before the first round, and what PiSSA takes from the base taken from it."""
-        row = self.fresh(0)
+        row = initial_row(self.base.layout, self.key).to(self.base.device)
+        row = self.base.magnitudes(row)
         taken: dict[str, Tensor] = {}
         if adapter.init == "pissa":
             row, taken = pissa.split(self.base, row, adapter.scale())
             self.base.correction.apply(taken)
         return replace(strategy.start(row, self.base.layout), base=taken)
+
+    def poisoned(
+        self, updates: Iterator[ClientUpdates], plan: RoundPlan, rule: LocalRule
+    ) -> Iterator[ClientUpdates]:
+        """What reaches the server: the updates, those of attackers replaced."""
+        if self.attack is None:
+            return updates
+        return attack.poison(
+            self.attack, updates, plan=plan, bad=self.data.bad, layout=self.base.layout,
+            up=rule.up, key=self.key,
+        )  # fmt: skip
 
     def subject(
         self, server: ServerState, memory: ClientMemory, personal: tuple[str, ...], limit: int
@@ -78,13 +94,14 @@ class World:
 
 def load_world(config: Config, key: int) -> World:
     """Model, tokens, clients and tests of a run."""
+    of = config.attack
+    hostile = attack.attack(of.kind, of.options) if of.on_updates else None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
     rows = sources.load(config.data, domain, dataset, domain.columns)
     found = weights.find(config.model.name, config.model.revision)
     tokenizer = weights.tokenizer(found)
-    store = tokens.training_store(rows, domain, tokenizer, config)
-    population = partition.build(config, len(store), labels.of(config, rows.rows, domain))
+    data = training.load(config, rows, domain, tokenizer, key)
     tests = evaluate.suite(config, domain, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
@@ -92,8 +109,8 @@ def load_world(config: Config, key: int) -> World:
     engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
     digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
     return World(
-        base, store, population, tests, engine, tokenizer, found, rows.origin, digests,
-        weights.precision(base.precision, config), own_sampling(found.path), key,
+        base, data, tests, engine, tokenizer, found, rows.origin, digests,
+        weights.precision(base.precision, config), own_sampling(found.path), key, hostile,
     )  # fmt: skip
 
 
@@ -106,8 +123,9 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "quantisation": config.model.quantisation,
         },
         "data": {
-            "train": world.origin, "examples": len(world.store),
-            "unlabelled": world.store.unlabelled, "sha256": world.digests,
+            "train": world.origin, "examples": len(world.data.store),
+            "unlabelled": world.data.store.unlabelled, "sha256": world.digests,
+            "attackers": int(world.data.bad.sum()),
         },
         "operations": dict.fromkeys(
             record.OPERATIONS, record.implementation(world.base.device)

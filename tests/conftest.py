@@ -152,7 +152,7 @@ def settings(
         }
         for key, value in changes.items():
             section, _, leaf = key.partition("__")
-            values[section][leaf] = value
+            values.setdefault(section, {})[leaf] = value
         return build(values, "test")
 
     return make

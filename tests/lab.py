@@ -16,11 +16,14 @@ from fedsim.adapters import initial_row
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
+from fedsim.evaluate.generation import Adapter
+from fedsim.evaluate.loaded import load
 from fedsim.packing import cut
 from fedsim.plan import schedule, step_examples
 from fedsim.record import Meter
 from fedsim.train import Trainer
 from fedsim.weights import Weights
+from fedsim_kernels.segments import Segments
 
 # Of the largest element of a factor's gradient: the promise for fp32. The models of conftest come
 # to 4.4e-6 in C++ and 4.1e-6 in PyTorch; stock PEFT is 4.9e-6 from its own float64 gradients.
@@ -126,6 +129,14 @@ def open_lab(settings: Callable[..., Config], architecture: str = "llama", **cha
     for _, b in base.layout.factors(start[None]).values():
         b.normal_(std=0.05, generator=generator)
     return Lab(config, base, examples(), start)
+
+
+def logits(base: model.Base, row: Tensor, scale: float, ids: Tensor) -> Tensor:
+    """(T, V) of one sequence under one adapter."""
+    loaded = load(base, [Adapter("a", row=row, scale=scale)], Config().adapter)
+    work = loaded.work(base, Segments.build([len(ids)], [0]))
+    with torch.no_grad():
+        return base.logits(base.hidden(ids, torch.arange(len(ids)), work))
 
 
 def worst(layout: AdapterLayout, got: Tensor, want: Tensor) -> float:

@@ -68,14 +68,7 @@ class Kept:
 
 
 def reduce() -> Reduce:
-    """Of LAYOUT, scale 2; a fresh adapter has random A."""
-    return Reduce(LAYOUT, 2.0, fresh)
-
-
-def fresh(round: int) -> Tensor:
-    """A of another draw each round, B zero."""
-    row = random_rows(77 + round, 1)
-    return torch.where(LAYOUT.mask(("A",)), row[0], 0)
+    return Reduce(LAYOUT)
 
 
 def step(

@@ -16,10 +16,10 @@ from torch import Tensor
 from fedsim import attack
 from fedsim.core import KINDS, ClientUpdates, Population, RoundPlan
 from fedsim.errors import ConfigError, DataError, RunError
-from fedsim.seeds import Purpose
+from fedsim.seeds import Purpose, normal
 from tests.rules import EPS, LAYOUT, blocks, plan_of, random_rows
 
-M, KEY, PURPOSE = 7, 3, Purpose.ATTACK
+M, KEY = 7, 3
 BAD = np.zeros(20, dtype=bool)
 BAD[[1, 4]] = True
 ALL: list[tuple[str, dict[str, Any]]] = [
@@ -34,7 +34,7 @@ def poisoned(
 ) -> list[ClientUpdates]:  # fmt: skip
     return [*attack.poison(
         attack.attack(kind, options), iter(updates), plan=plan or plan_of([1.0] * M), bad=BAD,
-        layout=LAYOUT, up=up, key=key, purpose=PURPOSE,
+        layout=LAYOUT, up=up, key=key,
     )]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_what_is_sent(kind: str, options: dict[str, Any], own: bool) -> None:
     honest = d[~BAD[:M]]
     for i in (1, 4):
         if kind == "gaussian":
-            u = attack.normal(KEY, PURPOSE, LAYOUT.size, client=i, round=1).numpy()
+            u = normal(KEY, Purpose.ATTACK, LAYOUT.size, client=i, round=1).numpy()
             want = 0.5 * u * LAYOUT.mask(KINDS).numpy()
         elif kind == "a_little":
             z = options.get("z", attack.z_max(M, 2))
@@ -140,7 +140,7 @@ def test_noise_is_normal_and_counted() -> None:
     """Of n draws the mean is within 5 / sqrt(n), mean square within 5 sqrt(2 / n), and the share
     below each quantile within 5 sqrt(q (1 - q) / n): 5 standard errors."""
     n = 200_001
-    x = attack.normal(KEY, PURPOSE, n, client=1, round=1).numpy()
+    x = normal(KEY, Purpose.ATTACK, n, client=1, round=1).numpy()
     assert len(x) == n and abs(x.mean()) <= 5 / math.sqrt(n)
     assert abs((x**2).mean() - 1) <= 5 * math.sqrt(2 / n)
     for q in (0.01, 0.2, 0.5, 0.8, 0.99):
@@ -178,7 +178,7 @@ def test_where_nobody_is_honest_or_everybody() -> None:
         for kind in kinds:
             sent = [*attack.poison(
                 attack.attack(kind), iter(updates), plan=plan, bad=which, layout=LAYOUT, up=KINDS,
-                key=KEY, purpose=PURPOSE,
+                key=KEY,
             )]  # fmt: skip
             d = (sent[0].row - updates[0].row).abs()
             assert (d <= 2 * EPS * (updates[0].row.abs() + updates[0].start.abs())).all()
@@ -190,11 +190,11 @@ def test_who_attacks() -> None:
     """floor(fraction N) of them, a function of the seed, more when the fraction grows."""
     before = np.zeros(100, dtype=bool)
     for fraction, count in ((0.0, 0), (0.1, 10), (0.29, 29), (0.555, 55), (1.0, 100)):
-        who = attack.attackers(KEY, PURPOSE, 100, fraction)
+        who = attack.attackers(KEY, 100, fraction)
         assert who.sum() == count and (who | ~before).all()
-        assert (who == attack.attackers(KEY, PURPOSE, 100, fraction)).all()
+        assert (who == attack.attackers(KEY, 100, fraction)).all()
         before = who
-    seeds = [attack.attackers(k, PURPOSE, 100, 0.3) for k in range(200)]
+    seeds = [attack.attackers(k, 100, 0.3) for k in range(200)]
     share = np.mean(seeds, axis=0)  # each client equally often: 5 standard errors
     assert (np.abs(share - 0.3) <= 5 * math.sqrt(0.21 / 200)).all()
 

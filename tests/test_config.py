@@ -33,6 +33,7 @@ clients.number clients.partition clients.min_size clients.by clients.clusters cl
 clients.classes clients.shards clients.skew
 server.strategy server.options server.rounds server.fraction server.min_clients
 server.export_every
+attack.kind attack.fraction attack.options
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.graphs
@@ -58,6 +59,7 @@ REFUSED: dict[str, list[Any]] = {
     "server.strategy": [1], "server.options": [1, "eta"],
     "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
     "server.min_clients": [0], "server.export_every": [0],
+    "attack.kind": ["flip", 1], "attack.fraction": [-0.1, 1.1], "attack.options": [1, "factor"],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
@@ -109,7 +111,11 @@ def test_clipping_can_be_switched_off() -> None:
         ({"train": {"step": 3}}, "train.step", "Did you mean 'train.steps'?"),
         ({"server": {"fractoin": 0.1}}, "server.fractoin", "Did you mean 'server.fraction'?"),
         ({"trian": {"steps": 3}}, "trian", "Did you mean 'train'?"),
-        ({"zzz": 1}, "zzz", "Known: adapter, clients, data, evaluate, model, run, server, train."),
+        (
+            {"zzz": 1},
+            "zzz",
+            "Known: adapter, attack, clients, data, evaluate, model, run, server, train.",
+        ),
     ],
 )
 def test_unknown_keys_suggest_the_nearest(values: dict[str, Any], key: str, remedy: str) -> None:

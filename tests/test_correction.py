@@ -13,12 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from fedsim import peft_io
 from fedsim.correction import delta_of, factors_of
-from fedsim.evaluate.generation import Adapter
-from fedsim.evaluate.loaded import load
 from fedsim.model import Base
-from fedsim_kernels.segments import Segments
-from tests.lab import Lab
+from tests.lab import Lab, logits
 
+IDS = torch.arange(7, 30)
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
@@ -36,35 +34,26 @@ def changes(base: Base) -> dict[str, Tensor]:
     return out
 
 
-def logits(base: Base, row: Tensor, scale: float) -> Tensor:
-    ids = torch.arange(7, 30)
-    loaded = load(base, [Adapter("a", row=row, scale=scale)], None)  # type: ignore[arg-type]
-    segments = Segments.build([len(ids)], [0])
-    with torch.no_grad():
-        hidden = base.hidden(ids, torch.arange(len(ids)), loaded.work(base, segments))
-        return base.logits(hidden)
-
-
 @pytest.mark.parametrize("dora", [False, True])
 def test_in_the_base_and_in_the_export(lab: Callable[..., Lab], tmp_path: Path, dora: bool) -> None:
     one = lab(adapter__targets=("all-linear",), adapter__dora=dora)
     base, adapter = one.base, one.config.adapter
     before = {s: s.weight.clone() for s in base.sites}
-    plain, added = logits(base, one.start, adapter.scale()), changes(base)
+    plain, added = logits(base, one.start, adapter.scale(), IDS), changes(base)
     assert base.correction.apply(added) <= 1e-6
-    changed = logits(base, one.start, adapter.scale())
+    changed = logits(base, one.start, adapter.scale(), IDS)
     assert float((changed - plain).abs().max()) > 1e-2
 
     peft_io.export(tmp_path / "a", one.start, base.layout, adapter, "tiny", added)
     stock = AutoModelForCausalLM.from_pretrained(one.config.model.name, dtype=torch.float32)
     stock = PeftModel.from_pretrained(stock, str(tmp_path / "a")).eval()
     with torch.no_grad():
-        want = stock(torch.arange(7, 30)[None]).logits[0]
+        want = stock(IDS[None]).logits[0]
     assert float((changed - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
     base.correction.apply({})
     assert all(torch.equal(s.weight, w) for s, w in before.items())
-    assert torch.equal(logits(base, one.start, adapter.scale()), plain)
+    assert torch.equal(logits(base, one.start, adapter.scale(), IDS), plain)
 
 
 def test_rounding_does_not_add_up(lab: Callable[..., Lab]) -> None:

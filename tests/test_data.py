@@ -23,7 +23,7 @@ import pytest
 
 from fedsim import domains, seeds, weights
 from fedsim.config import Config, Data, build
-from fedsim.data import partition, sources, tokens
+from fedsim.data import partition, sources, tokens, training
 from fedsim.data.embedded import finance
 from fedsim.domains import PROMPT, RESPONSE_MARK, DataSet
 from fedsim.errors import ConfigError, DataError
@@ -201,7 +201,7 @@ def test_the_second_time_nothing_is_tokenised(
     rows = sources.Rows(finance.train(), "embedded", "content")
 
     def store() -> tokens.TokenStore:
-        return tokens.training_store(rows, FINANCE, counting, config)
+        return training.load(config, rows, FINANCE, counting, KEY).store
 
     first = store()
     assert counting.texts == 200 and len(list(cache.iterdir())) == 1
@@ -222,7 +222,7 @@ def test_whatever_changes_the_tokens_is_in_the_key(
     tokenizer: Any, cache: Path, settings: Callable[..., Config], change: Any
 ) -> None:
     rows = sources.Rows(finance.train(), "embedded", "content")
-    tokens.training_store(rows, FINANCE, tokenizer, settings())
+    training.load(settings(), rows, FINANCE, tokenizer, KEY)
     counting, domain = Counting(tokenizer), FINANCE
     if change == "rows":
         rows = sources.Rows(finance.train(), "embedded", "other content")
@@ -236,7 +236,7 @@ def test_whatever_changes_the_tokens_is_in_the_key(
         )
         counting.inner.add_tokens(AddedToken("Response"))
     config = settings(**change) if isinstance(change, dict) else settings()
-    tokens.training_store(rows, domain, counting, config)
+    training.load(config, rows, domain, counting, KEY)
     assert counting.texts == config.data.limit and len(list(cache.iterdir())) == 2
 
 

@@ -27,7 +27,6 @@ from fedsim.core import ClientUpdates
 from fedsim.train import Trainer
 
 RULES = [name for name in strategies.known() if name != "local"]  # one round, nothing to go on with
-RANKS = {"flexlora", "flora", "hetlora"}
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "write-a-strategy.md"
 
 
@@ -70,10 +69,7 @@ def killed_and_resumed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def configure(settings: Callable[..., Config], rule: str, name: str) -> Config:
-    ranks = {"adapter__ranks": (2, 4)} if rule in RANKS else {}
-    return settings(
-        run__name=name, server__strategy=rule, evaluate__limit=2, server__fraction=0.5, **ranks
-    )
+    return settings(run__name=name, server__strategy=rule, evaluate__limit=2)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -125,15 +125,10 @@ def test_half_of_the_traffic(settings: Callable[..., Config]) -> None:
 
 
 def test_its_clients_are_evaluated(settings: Callable[..., Config]) -> None:
-    config = settings(server__strategy="fedsa_lora", server__rounds=1, evaluate__limit=2)
-    folder = simulate.run(replace_clients(config, 3))
+    folder = simulate.run(settings(server__strategy="fedsa_lora", server__rounds=1,
+                                   evaluate__limit=2, evaluate__clients=3))  # fmt: skip
     names = {line["adapter"] for line in RunFolder(folder).read("eval/newswire.jsonl")}
     assert len([n for n in names if n.startswith("client ")]) == 3 and "global" in names
-
-
-def replace_clients(config: Config, clients: int) -> Config:
-    changed = config.evaluate.model_copy(update={"clients": clients})
-    return config.model_copy(update={"evaluate": changed})
 
 
 @pytest.mark.parametrize("scales", [[2.0] * M, [2.0, 1.0, 0.5, 2.0, 4.0, 1.0]])

@@ -416,7 +416,7 @@ def test_a_run_has_the_clients_that_were_asked_for(
     )
     held = labels.of(asked, *finance)
     assert held is not None and len(held) == asked.data.limit == 200
-    population = load_world(asked, seeds.run_key(asked.run.seed)).population
+    population = load_world(asked, seeds.run_key(asked.run.seed)).data.population
     assert np.array_equal(labels.histogram(population, held), np.diag(held.counts))
     assert cost.estimate(asked).work is not None
     with pytest.raises(ConfigError, match="expected 3, the number of labels"):

@@ -12,39 +12,27 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsim import pissa, simulate
 from fedsim.checkpoint import load_checkpoint
 from fedsim.config import Config
-from fedsim.evaluate.generation import Adapter
-from fedsim.evaluate.loaded import load
-from fedsim.model import Base
 from fedsim.world import load_world
-from fedsim_kernels.segments import Segments
-from tests.lab import Lab
+from tests.lab import Lab, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 IDS = torch.arange(7, 30)
 
 
-def logits(base: Base, row: Tensor, scale: float) -> Tensor:
-    loaded = load(base, [Adapter("a", row=row, scale=scale)], None)  # type: ignore[arg-type]
-    work = loaded.work(base, Segments.build([len(IDS)], [0]))
-    with torch.no_grad():
-        return base.logits(base.hidden(IDS, torch.arange(len(IDS)), work))
-
-
 def test_the_first_model_is_the_base(lab: Callable[..., Lab]) -> None:
     one = lab()
     scale, bare = one.config.adapter.scale(), torch.zeros_like(one.start)
-    plain = logits(one.base, bare, scale)
+    plain = logits(one.base, bare, scale, IDS)
     row, taken = pissa.split(one.base, one.start, scale)
     one.base.correction.apply(taken)
-    less = logits(one.base, bare, scale)
+    less = logits(one.base, bare, scale, IDS)
     assert float((less - plain).abs().max()) > 1e-2
-    assert float((logits(one.base, row, scale) - plain).abs().max()) <= 1e-5 * float(
+    assert float((logits(one.base, row, scale, IDS) - plain).abs().max()) <= 1e-5 * float(
         plain.abs().max()
     )
 
@@ -89,5 +77,5 @@ def test_an_export_over_the_untouched_base(settings: Callable[..., Config], rule
     assert saved is not None
     world = load_world(config, 1)
     world.base.correction.apply(saved.server.base)
-    got = logits(world.base, saved.server.row, config.adapter.scale())
+    got = logits(world.base, saved.server.row, config.adapter.scale(), IDS)
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())

@@ -20,7 +20,6 @@ from torch import Tensor
 from fedsim import attack
 from fedsim.core import KINDS, ServerState
 from fedsim.errors import ConfigError, RunError
-from fedsim.seeds import Purpose
 from fedsim.strategies import load, median
 from tests.rules import EPS, LAYOUT, Kept, blocks, plan_of, random_rows, reduce, step
 
@@ -358,7 +357,6 @@ def attacked(kind: str, options: dict[str, Any]) -> tuple[Tensor, np.ndarray, np
         plan = plan_of([1.0] * (H + F))
         sent = attack.poison(
             how, blocks(ZERO, rows), plan=plan, bad=bad, layout=LAYOUT, up=KINDS, key=KEY,
-            purpose=Purpose.ATTACK,
         )  # fmt: skip
         rows = torch.cat([u.row for u in sent])
     x = rows.double().numpy()

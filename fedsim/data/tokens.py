@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.config import Config
-from fedsim.data.sources import Rows
-from fedsim.domains import PROMPT, RESPONSE_MARK, Domain
+from fedsim.domains import PROMPT, RESPONSE_MARK
 from fedsim.errors import DataError
 
 _FORMAT = "5"  # raise when the meaning of the stored arrays changes
@@ -169,13 +167,3 @@ def build(
             remedy="Raise data.max_length.",
         )
     return store
-
-
-def training_store(rows: Rows, domain: Domain, tokenizer: Any, config: Config) -> TokenStore:
-    """The store of a run's training rows."""
-    pair = domain.pairs[config.run.protocol]
-    pairs = [pair(row) for row in rows.rows[: config.data.limit]]
-    return build(
-        pairs, tokenizer, protocol=config.run.protocol, max_length=config.data.max_length,
-        digest=f"{rows.digest}/{domain.name}/{len(pairs)}",
-    )  # fmt: skip

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from typing import Any, cast, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, cast
 
 from fedsim import names
+from fedsim import options as options_
 from fedsim.core import Strategy
-from fedsim.errors import ConfigError, nearest
+from fedsim.errors import ConfigError
 
 
 def known() -> list[str]:
@@ -38,20 +37,4 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
             "server.strategy", got=name, expected="STRATEGY to be a dataclass",
             remedy="Decorate the class with @dataclass(frozen=True); its fields are the options.",
         )  # fmt: skip
-    given, own = dict(options or {}), [f.name for f in fields(rule)]
-    for key in given:
-        if key not in own:
-            remedy = nearest(key, own) if own else f"{name} has none."
-            raise ConfigError(f"server.options: unknown key {key!r} of {name}", remedy=remedy)
-    types, made = get_type_hints(rule, include_extras=True), {}
-    for key, value in given.items():
-        try:
-            made[key] = TypeAdapter(types[key]).validate_python(value, strict=True)
-        except ValidationError as failure:
-            message = failure.errors()[0]["msg"]
-            raise ConfigError(
-                f"server.options.{key} of {name}", got=value,
-                expected=message[0].lower() + message[1:],
-                remedy=f"The default is {getattr(rule, key, 'none')}.",
-            ) from failure  # fmt: skip
-    return cast(Strategy, rule(**made))
+    return cast(Strategy, options_.make(rule, options or {}, "server.options", name))

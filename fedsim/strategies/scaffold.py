@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.core import (
+    KINDS,
     AdapterLayout,
     ClientMemory,
     ClientUpdates,
@@ -96,20 +97,13 @@ class Scaffold(FedAvg):
                 rate = scale / float(plan.steps[at] * plan.lr[at])
                 kept = memory.read("control", client)
                 before = torch.zeros_like(used) if kept is None else kept.to(used)
-                now = before - _cut(reduce.layout, used, rank) - rate * block.delta[i]
+                given = used
+                if rank < reduce.layout.rank:
+                    given = torch.where(reduce.layout.mask(KINDS, rank).to(used.device), used, 0)
+                now = before - given - rate * block.delta[i]
                 memory.write("control", client, now)
                 c += (now.double() - before.double()) / plan.population
             yield block
-
-
-def _cut(layout: AdapterLayout, row: Tensor, rank: int) -> Tensor:
-    """What of c a client of this rank was given: zero beyond it."""
-    if rank == layout.rank:
-        return row
-    out = row.clone()
-    for a, b in layout.factors(out[None]).values():
-        a[:, rank:], b[..., rank:] = 0, 0
-    return out
 
 
 STRATEGY = Scaffold
