@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a pac
 import harness
 from bench_clients import data_folder
 
-from fedsim import domains, simulate
+from fedsim import domains, simulate, strategies
 from fedsim.config import Config, build
 from fedsim.core import pick_device
 from fedsim.errors import FedSimError
 from fedsim.folder import RunFolder
 
-RULES = "fedavg,fedprox,fedadam,flexlora,ffa_lora,fedsa_lora"
+RULES = "fedavg,fedprox,fedadam,ffa_lora,fedsa_lora"
 PARTITIONS = {
     "iid": {"partition": "iid"},
     "dirichlet 0.1": {"partition": "dirichlet", "by": "output", "alpha": 0.1},
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
              for domain in given.domains.split(",") for partition in given.partitions.split(",")
              for rule in given.rules.split(",")]  # fmt: skip
     try:
+        for rule in given.rules.split(","):
+            strategies.load(rule)  # a name that is none is known now, not after hours
         data = data_folder(given.data)
         found = [run(c, configure(c, given.model, data, given.out, given.limit)) for c in cells]
     except FedSimError as failure:

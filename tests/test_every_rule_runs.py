@@ -68,19 +68,25 @@ def killed_and_resumed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     return simulate.run(config, resume=True)
 
 
-def configure(settings: Callable[..., Config], rule: str, name: str) -> Config:
-    return settings(run__name=name, server__strategy=rule, evaluate__limit=2)
+def configure(settings: Callable[..., Config], rule: str, name: str, **more: Any) -> Config:
+    return settings(run__name=name, server__strategy=rule, evaluate__limit=2, **more)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_killed_run_goes_on(
-    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, rule: str
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, rule: str, **more: Any
 ) -> None:
-    whole = state(simulate.run(configure(settings, rule, "whole")))
-    resumed = state(killed_and_resumed(configure(settings, rule, "killed"), monkeypatch))
+    whole = state(simulate.run(configure(settings, rule, "whole", **more)))
+    resumed = state(killed_and_resumed(configure(settings, rule, "killed", **more), monkeypatch))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert all(torch.isfinite(value).all() for value in whole.values())
+
+
+def test_a_run_over_a_corrected_base_goes_on(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_a_killed_run_goes_on(settings, monkeypatch, "fedavg", adapter__init="pissa")
 
 
 @pytest.fixture

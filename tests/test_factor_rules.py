@@ -19,6 +19,7 @@ from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ServerState
 from fedsim.folder import RunFolder
+from fedsim.world import load_world
 from tests.rules import LAYOUT, Kept, M, blocks, plan_of, random_rows, reduce, step
 
 WEIGHTS = [1.0, 2.0, 3.0, 5.0, 8.0, 13.0]
@@ -58,7 +59,7 @@ def test_one_factor_is_averaged_exactly(rule: str, round: int, kind: str) -> Non
         assert float((products(got.row[None])[module][0] - want).abs().max()) <= 1e-6
     frozen = LAYOUT.mask([k for k in ("A", "B") if k != kind])
     assert torch.equal(got.row[frozen], start[frozen])
-    assert relative_error(rows, P.tolist(), [2.0] * M, 2.0, LAYOUT) <= 1e-6
+    assert relative_error(rows, P.tolist(), [2.0] * M, 2.0, LAYOUT) <= 1e-12
 
 
 def test_rolora_can_begin_with_a() -> None:
@@ -129,6 +130,19 @@ def test_its_clients_are_evaluated(settings: Callable[..., Config]) -> None:
                                    evaluate__limit=2, evaluate__clients=3))  # fmt: skip
     names = {line["adapter"] for line in RunFolder(folder).read("eval/newswire.jsonl")}
     assert len([n for n in names if n.startswith("client ")]) == 3 and "global" in names
+
+
+def test_a_clients_model_is_the_servers_a_and_its_own_b(settings: Callable[..., Config]) -> None:
+    config, kept = settings(server__strategy="fedsa_lora"), Kept()
+    world = load_world(config, 1)
+    layout = world.base.layout
+    server = ServerState(1, torch.full((layout.size,), 2.0))
+    kept.write("row", 5, torch.full((layout.size,), 3.0))
+    kept.commit()
+    (adapter,) = world.subject(server, kept, ("B",), 4).adapters
+    assert adapter.name == "client 5" and adapter.row is not None
+    assert (adapter.row[layout.mask(("A",))] == 2).all()
+    assert (adapter.row[layout.mask(("B",))] == 3).all()
 
 
 @pytest.mark.parametrize("scales", [[2.0] * M, [2.0, 1.0, 0.5, 2.0, 4.0, 1.0]])

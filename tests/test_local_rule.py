@@ -121,6 +121,29 @@ def test_correction_and_control(lab: Callable[..., Lab]) -> None:
     assert all(distance(got[[i]], without[[i]], one.start) > 10 * DELTA for i in (1, 3))
 
 
+def test_a_slot_forgets_the_last_clients_control(lab: Callable[..., Lab]) -> None:
+    """In one slot those with a control come first and between; the others train as without any."""
+    one = lab()
+    rule = LocalRule(one.start, control="c")
+    for visited in ((0, 2), (1, 3)):
+        got = train(one, rule, memory_of(one, "c", visited, 0.03), slots=1)
+        plain = train(one, LocalRule(one.start), slots=1)
+        others = [c for c in range(CLIENTS) if c not in visited]
+        assert torch.equal(got[others], plain[others])
+        assert all(distance(got[[i]], plain[[i]], one.start) > 10 * DELTA for i in visited)
+
+
+def test_nothing_grows_beyond_a_clients_rank(lab: Callable[..., Lab]) -> None:
+    """Correction and control are full rows; a client of rank 2 has none of what lies beyond."""
+    one = lab()
+    rule = LocalRule(one.start, correction=like(one, 9, 0.02), control="c", prox_mu=0.5)
+    plan = replace(plan_of(range(CLIENTS)), rank=np.array([4, 2, 4, 2]))
+    memory = memory_of(one, "c", (1, 2), 0.03)
+    rows = torch.cat([b.row for b in one.trainer().train(plan, rule, Meter(), memory)])
+    beyond = ~one.base.layout.mask(KINDS, 2)
+    assert not rows[[1, 3]][:, beyond].any() and rows[[0, 2]][:, beyond].any()
+
+
 def test_personal_rows_stay_with_their_client(lab: Callable[..., Lab]) -> None:
     """The public leak: a client that starts from the private factor of the one before it."""
     one = lab()
