@@ -42,6 +42,8 @@ class Correction:
             for m in site.members
         }  # fmt: skip
         self._loaded: dict[str, Tensor] = {}
+        self._base: Mapping[str, Tensor] = {}  # what is in the weights now
+        self._rounding = 0.0
 
     @torch.no_grad()
     def apply(self, base: Mapping[str, Tensor]) -> float:
@@ -50,12 +52,16 @@ class Correction:
         Returns:
             ||rounded - exact|| / ||delta||, over all corrected modules; 0 without any.
         """
+        if base is self._base:  # the round has left it as it was
+            return self._rounding
         wanted = {key.rpartition(".")[0] for key in base}
         lost = whole = 0.0
         for module in sorted(wanted | self._loaded.keys()):
             site, span = self._parts[module]
             weight = site.weight.data[span]
-            loaded = self._loaded.setdefault(module, weight.clone())
+            if module not in self._loaded:
+                self._loaded[module] = weight.clone()
+            loaded = self._loaded[module]
             delta = delta_of(base, module)
             if delta is None:
                 weight.copy_(loaded)
@@ -66,4 +72,5 @@ class Correction:
                 lost += float((weight.double() - exact).square().sum())
                 whole += float(delta.square().sum())
             site.__dict__.pop("norms", None)  # DoRA's, of the weights as they were
-        return (lost / whole) ** 0.5 if whole else 0.0
+        self._base, self._rounding = base, (lost / whole) ** 0.5 if whole else 0.0
+        return self._rounding

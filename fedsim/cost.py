@@ -125,8 +125,7 @@ def estimate(config: Config) -> Estimate:
 def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float:
     """MiB of the whole run: what the rule sends each client of its rank, and back.
 
-    Exact where that does not depend on the rounds before; FLoRA and its kin, which also send what
-    was added to the base, are counted without that.
+    Exact where what a rule sends does not depend on the rounds before.
     """
     key = seeds.run_key(config.run.seed)
     # Who they are matters only where their ranks differ; else no round draws from all N.

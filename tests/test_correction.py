@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsim import peft_io
+from fedsim import correction, peft_io
 from fedsim.correction import delta_of, factors_of
 from fedsim.model import Base
 from tests.lab import Lab, logits
@@ -66,6 +66,17 @@ def test_rounding_does_not_add_up(lab: Callable[..., Lab]) -> None:
     base.correction.apply({})
     base.correction.apply(added)
     assert all(torch.equal(a, s.weight) for a, s in zip(last, base.sites, strict=True))
+
+
+def test_an_unchanged_correction_is_not_formed_again(
+    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = lab(adapter__targets=("all-linear",)).base
+    added = changes(base)
+    lost = base.correction.apply(added)
+    formed: list[str] = []
+    monkeypatch.setattr(correction, "delta_of", lambda base, module: formed.append(module))
+    assert base.correction.apply(added) == lost > 0 and not formed
 
 
 def test_factors_are_the_delta(lab: Callable[..., Lab]) -> None:
