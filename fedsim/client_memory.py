@@ -1,9 +1,9 @@
 """Rows that clients keep between visits, on disk: only those of clients that were visited.
 
 One flat file a kind of row, `<name>.rows`, whose places hold P fp32 numbers each; which place is
-whose is part of the checkpoint. A row that is written takes a place that the present checkpoint does
-not refer to, so that a kill at any moment leaves it readable; nor does the one before it, as long as
-it is of the same process.
+whose is part of the checkpoint. A row that is written takes a place that the present checkpoint
+does not refer to, so that a kill at any moment leaves it readable; nor does the one before it, as
+long as it is of the same process.
 """
 
 from __future__ import annotations
