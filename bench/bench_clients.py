@@ -107,7 +107,8 @@ class Work:
             for c, n in zip(plan.client_ids.tolist(), plan.steps.tolist())
         ]
         start = initial_row(world.base.layout, key).to(world.base.device)
-        return cls(config, replace(world, population=clients), plan, start, batches)
+        data = replace(world.data, population=clients)
+        return cls(config, replace(world, data=data), plan, start, batches)
 
     def train(self, **values: Any) -> Work:
         """The same round with other values in the configuration's section `train`."""
