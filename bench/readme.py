@@ -40,6 +40,11 @@ EVALUATION = {
 }
 
 
+RULES_SHOWN = (
+    "fedavg", "fedadam", "scaffold", "median", "multi_krum", "flexlora", "flora", "hetlora",
+)  # fmt: skip
+
+
 def demo() -> str:
     """The captured output as a code block."""
     file = RESULTS / "demo.txt"
@@ -164,6 +169,36 @@ def domains() -> str:
     ])  # fmt: skip
 
 
+def aggregation() -> str:
+    """What rules cost the server, from aggregation.json."""
+    if not (result := _measured("aggregation")):
+        return ""
+    last = result["counts"][-1]
+    summary, rules = result["summary"], result["rules"]
+    shown = [name for name in RULES_SHOWN if name in rules]
+    columns = [f"{count:,} clients" for count in result["counts"]]
+    lines = [
+        f"| aggregating updates of {next(iter(rules.values()))['numbers']:,} numbers | "
+        + " | ".join(columns) + " |", "|---|" + "---|" * len(columns),
+    ]  # fmt: skip
+    for name in shown:
+        cells = []
+        for count in result["counts"]:
+            f = rules[name][str(count)]
+            cells.append(f"{f['needs_gib']:.0f} GiB needed" if "needs_gib" in f else
+                         f"{_three(f['seconds'])} s, {f['extra_mib']:,.0f} MiB")  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    extra = summary[f"streaming_extra_mb_{last}_clients"]
+    return "\n".join([
+        *lines, "",
+        f"Seconds and memory beside the server's state; rules that only add up take at most "
+        f"{extra:,.0f} MiB for {last:,} clients. FlexLoRA on a module 4,096 wide, 10 clients of "
+        f"rank 16, is {summary['flexlora_qr_speedup']:,.0f} times faster by QR than by the dense "
+        f"product and its SVD (target 50), {summary['flexlora_max_rel_error']:.0e} from the best "
+        f"of its rank. {_machine(result)}. `bench/bench_aggregation.py` prints every rule.",
+    ])  # fmt: skip
+
+
 def _three(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -172,7 +207,7 @@ def _three(value: float) -> str:
 def render(text: str) -> str:
     """The README with its generated parts renewed."""
     parts = {"demo": demo, "bench": clients, "engine": engine, "eval": evaluation,
-             "domains": domains}  # fmt: skip
+             "aggregation": aggregation, "domains": domains}  # fmt: skip
     for name, make in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)

@@ -12,15 +12,15 @@ from fedsim import seeds
 from fedsim.core import AdapterLayout
 
 
-def initial_row(layout: AdapterLayout, key: int) -> Tensor:
+def initial_row(layout: AdapterLayout, key: int, round: int = 0) -> Tensor:
     """A fresh adapter, (P,) fp32: A uniform in +-1/sqrt(I), B zero, so that B A = 0.
 
-    The distribution is PEFT's: Kaiming uniform with a = sqrt(5).
+    The distribution is PEFT's: Kaiming uniform with a = sqrt(5). Each round has its own.
     """
     row = torch.zeros(1, layout.size)
     for number, piece in enumerate(layout.pieces):
         if piece.kind == "A":
-            u = seeds.uniform(key, seeds.Purpose.INIT, piece.size, module=number)
+            u = seeds.uniform(key, seeds.Purpose.INIT, piece.size, round=round, module=number)
             bound = piece.shape[1] ** -0.5
             layout.view(row, piece).copy_(((2 * u - 1) * bound).view(1, *piece.shape))
     return row[0]

@@ -80,6 +80,7 @@ class LocalRule:
         trained: kinds of pieces that train; the others stay bitwise as they started.
         down, up: kinds that travel to the client and back; traffic is arithmetic on them.
         more_down, more_up: numbers that a client of full rank receives and sends besides.
+        base_down: numbers that every client receives of what has joined the base.
         personal: kinds that a client keeps: it goes on from those of its last visit, its rows
             `row` in the client memory; at its first visit from those of `start`.
         same_product: at a rank below R, B is multiplied by s_R / s_r, so that the scaled product
@@ -97,6 +98,7 @@ class LocalRule:
     up: tuple[str, ...] = KINDS
     more_down: int = 0
     more_up: int = 0
+    base_down: int = 0
     personal: tuple[str, ...] = ()
     same_product: bool = False
     prox_mu: float = 0.0

@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsim import seeds
 from fedsim.config import Config
@@ -36,17 +37,23 @@ def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * round / rounds))
 
 
-def sampled(config: Config, clients: int, round: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled(
+    config: Config, clients: int, round: int, key: int, pruned: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The clients of a round, without replacement, and their ranks: (M,) int64 each.
 
-    A client keeps its rank in all rounds: one of `adapter.ranks`, each as probable as it is
-    frequent there. Clients are ordered by rank, up to the next power of two, then by number.
+    A client keeps its rank in all rounds, one of `adapter.ranks`, each as probable as it is
+    frequent there, until a rule has lowered it: `pruned` (N,), 0 where none has. Clients are
+    ordered by rank, up to the next power of two, then by number.
     """
     order = seeds.permutation(key, seeds.Purpose.SAMPLING, clients, round=round)
     ids = np.sort(order[: config.per_round]).astype(np.int64)
     ranks = np.array(config.adapter.ranks or [config.adapter.rank])
     words = seeds.first_words(key, seeds.Purpose.RANK, ids)
     rank = ranks[words * len(ranks) >> 32]
+    if pruned is not None:
+        lower = pruned.cpu().numpy()[ids]
+        rank = np.where(lower > 0, lower, rank)
     order = np.argsort(_bucket(rank), kind="stable")
     return ids[order], rank[order]
 
@@ -56,9 +63,15 @@ def _bucket(rank: np.ndarray) -> np.ndarray:
     return np.array([(int(r) - 1).bit_length() for r in rank])
 
 
-def plan_round(config: Config, population: Population, round: int, key: int) -> RoundPlan:
-    """Sample the round's clients and write down their work; a lane for each bucket of ranks."""
-    ids, rank = sampled(config, len(population), round, key)
+def plan_round(
+    config: Config, population: Population, round: int, key: int, pruned: Tensor | None = None
+) -> RoundPlan:
+    """Sample the round's clients and write down their work; a lane for each bucket of ranks.
+
+    Args:
+        pruned: (N,) int64 ranks that a rule has lowered, 0 elsewhere (`ServerState.memory`).
+    """
+    ids, rank = sampled(config, len(population), round, key, pruned)
     m, train = len(ids), config.train
     lr = cosine_lr(round, config.server.rounds, train.lr_max, train.lr_min)
     return RoundPlan(

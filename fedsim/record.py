@@ -45,10 +45,10 @@ def transfer_mib(numbers: int) -> float:
 
 def traffic(rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int]) -> tuple[float, float]:
     """MiB that clients of these ranks receive and send in a round."""
-    ways = ((rule.down, rule.more_down), (rule.up, rule.more_up))
+    ways = ((rule.down, rule.more_down, rule.base_down), (rule.up, rule.more_up, 0))
     down, up = (
-        sum(transfer_mib(layout.numel(r, kinds) + more * r // layout.rank) for r in ranks)
-        for kinds, more in ways
+        sum(transfer_mib(layout.numel(r, kinds) + more * r // layout.rank + all_) for r in ranks)
+        for kinds, more, all_ in ways
     )
     return down, up
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import fedsim_kernels.reduce  # noqa: F401  registers the operation
+from fedsim.adapters import initial_row
 from fedsim.batch import on_device
 from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 from fedsim.errors import RunError
+from fedsim.factors import Product, Products
 
 Weigh = Callable[[ClientUpdates], np.ndarray]
 
@@ -47,10 +49,15 @@ class Reduce:
 
     Attributes:
         layout: of the rows.
+        scale: s of the server's adapter, whose part in a module's weight is s B A.
     """
 
-    def __init__(self, layout: AdapterLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: AdapterLayout, scale: float, key: int) -> None:
+        self.layout, self.scale, self._key = layout, scale, key
+
+    def fresh(self, round: int) -> Tensor:
+        """A new adapter (P,) fp32 for the clients after a round: A drawn, B zero."""
+        return initial_row(self.layout, self._key, round)
 
     def mean(
         self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: Weigh | None = None
@@ -95,6 +102,33 @@ class Reduce:
         if not totals or any(w == 0 for w in weights):
             raise _nobody(plan)
         return Sums(tuple(totals), tuple(weights), ok)
+
+    def products(
+        self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: Weigh | None = None
+    ) -> tuple[Tensor, dict[str, Product]]:
+        """The mean update, and sum_k p_k s_k B_k A_k of each module, exactly.
+
+        Args:
+            weigh: as of `mean`.
+
+        Returns:
+            (P,) fp64, and the products by module.
+
+        Raises:
+            RunError: no client returned a finite update.
+        """
+        weigh, products = weigh or weights_of(plan), Products(self.layout)
+
+        def seen() -> Iterator[ClientUpdates]:
+            for block in updates:
+                weights = weigh(block) * plan.scale[block.index]
+                for i in np.flatnonzero(block.ok):
+                    rank = int(plan.rank[block.index[i]])
+                    products.add(block.row[i], rank, float(weights[i]))
+                yield block
+
+        sums = self.sums(plan, seen(), weigh)
+        return sums.totals[0] / sums.weights[0], products.over(sums.weights[0])
 
     def rows(self, plan: RoundPlan, updates: Iterator[ClientUpdates]) -> Rows:
         """Every update, for rules that need all of them: memory O(M P).

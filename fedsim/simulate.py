@@ -37,6 +37,7 @@ def run(
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
     strategy = strategies.load(config.server.strategy, config.server.options)
+    reduce = Reduce(layout, config.adapter.scale(), key)
     trainer = Trainer(base, world.data.store, world.data.population, config, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
@@ -51,12 +52,12 @@ def run(
         commit(folder, server, scores, memory.index())
 
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
-    rounds, every = config.server.rounds, config.evaluate.every
+    rounds = config.server.rounds
     meter.rounds, meter.device = rounds - server.round, base.device
-    due = {r for r in range(server.round + 1, rounds) if every and r % every == 0} | {rounds}
+    due = evaluated(config, server.round)
     meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
-        plan = plan_round(config, world.data.population, round, key)
+        plan = plan_round(config, world.data.population, round, key, server.memory.get("ranks"))
         meter.begin(round, steps=int(plan.steps.sum()))
         with meter.timed("train"):
             rule = strategy.rule(server, plan)
@@ -65,7 +66,7 @@ def run(
             trained = trainer.train(plan, rule, meter, memory)
             updates = (keep(seen, drift.see(u)) for u in world.poisoned(trained, plan, rule))
             try:
-                server = strategy.aggregate(server, plan, updates, Reduce(layout), memory)
+                server = strategy.aggregate(server, plan, updates, reduce, memory)
             finally:  # where all clients failed, their losses are what a person looks for now
                 clients = client_lines(plan, seen)
                 folder.append("clients.jsonl", clients)
@@ -77,12 +78,28 @@ def run(
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
         line = round_line(plan, rule, clients, layout, meter, sent)
-        line |= {"aggregation_error": drift.relative(), "base_rounding": rounding}
+        line |= lost(server, drift, rounding)
         folder.append("rounds.jsonl", [line])
         commit(folder, server, scores, kept)
         sent = line["total_mib"]
         meter.lines.append(line)
     return folder.path
+
+
+def evaluated(config: Config, done: int) -> set[int]:
+    """The rounds to come after which adapters are scored: every so many, and the last."""
+    rounds, every = config.server.rounds, config.evaluate.every
+    return {r for r in range(done + 1, rounds) if every and r % every == 0} | {rounds}
+
+
+def lost(server: ServerState, drift: Drift, rounding: float) -> dict[str, float | None]:
+    """Relative errors of a round: of averaging A and B apart, of the base's rounding, and of what
+    a rule cut off a product."""
+    cut = server.memory.get("truncation")
+    return {
+        "aggregation_error": drift.relative(), "base_rounding": rounding,
+        "truncation": None if cut is None else float(cut),
+    }  # fmt: skip
 
 
 def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:

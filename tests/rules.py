@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 
 from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan, ServerState, Strategy
+from fedsim.correction import delta_of
 from fedsim.reduce import Reduce
 
 LAYOUT = AdapterLayout.build({"q": (12, 8), "v": (12, 4)}, 3)
+SCALE = 2.0
 M = 6
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
 
-def plan_of(weights: Sequence[float], round: int = 1, population: int = 20) -> RoundPlan:
+def plan_of(
+    weights: Sequence[float], round: int = 1, population: int = 20,
+    ids: Sequence[int] | None = None,
+) -> RoundPlan:  # fmt: skip
     m = len(weights)
     return RoundPlan(
-        round, np.arange(m), np.array(weights, dtype=np.float64), np.full(m, 3), np.full(m, 2.0),
-        np.full(m, 5), np.full(m, 1e-3), np.full(m, round - 1), (np.arange(m),), population,
+        round, np.arange(m) if ids is None else np.array(ids),
+        np.array(weights, dtype=np.float64), np.full(m, 3), np.full(m, SCALE), np.full(m, 5), 
+        np.full(m, 1e-3), np.full(m, round - 1), (np.arange(m),), population,
     )  # fmt: skip
 
 
@@ -68,16 +74,27 @@ class Kept:
 
 
 def reduce() -> Reduce:
-    return Reduce(LAYOUT)
+    return Reduce(LAYOUT, SCALE, 1)
 
 
 def step(
     strategy: Strategy, server: ServerState, rows: Tensor, weights: Sequence[float],
     ok: Sequence[bool] | None = None, cuts: Sequence[int] = (), memory: Kept | None = None,
+    ids: Sequence[int] | None = None,
 ) -> ServerState:  # fmt: skip
     """One round of given updates."""
-    plan = plan_of(weights, server.round + 1)
+    plan = plan_of(weights, server.round + 1, ids=ids)
     start, memory = strategy.rule(server, plan).start, memory or Kept()
     after = strategy.aggregate(server, plan, blocks(start, rows, ok, cuts), reduce(), memory)
     memory.commit()
     return after
+
+
+def weights_of(server: ServerState) -> dict[str, Tensor]:
+    """module -> what the server adds to its weight, s B A and the base's part, (O, I) fp64."""
+    out = {}
+    for module, (a, b) in LAYOUT.factors(server.row[None]).items():
+        out[module] = SCALE * b[0].double() @ a[0].double()
+        if (joined := delta_of(server.base, module)) is not None:
+            out[module] += joined
+    return out

@@ -75,7 +75,7 @@ def test_kernels_stand_alone() -> None:
 
 
 def test_strategies_import_the_vocabulary_only() -> None:
-    shared = ("core", "errors", "names", "options", "reduce", "strategies")
+    shared = ("core", "errors", "factors", "names", "options", "reduce", "strategies")
     allowed = [f"fedsim.{name}" for name in shared]
     for file in folder("fedsim/strategies"):
         ours = {n for n in imported(file) if within(n, "fedsim", "fedsim_kernels")}
