@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim import strategies
 from fedsim.config import Config
 from fedsim.core import LocalRule
 from fedsim.data.embedded import finance
@@ -45,6 +46,7 @@ bench = script("bench_clients")
 ops = script("bench_ops")
 steps = script("bench_step")
 engine = script("bench_engine")
+aggregation = script("bench_aggregation")
 readme = script("readme")
 
 
@@ -279,3 +281,44 @@ def test_steps_of_another_size_are_refused(world: World, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine, "SMALL", 5)
     with pytest.raises(RunError, match=r"vs_b1_small: got steps of \d+ to \d+ tokens"):
         engine.vs_b1(world, "vs_b1_small", 2, 1, 1)
+
+
+def test_bench_aggregation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every rule is there; FlexLoRA by QR is the dense one's best; the README renders it."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    threads = str(torch.get_num_threads())
+    sizes = ["--counts", "9,11", "--wide", "192", "--layers", "1"]
+    aggregation.main(["--quick", "--save", "--threads", threads, *sizes])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["flexlora_max_rel_error"] <= 1e-5 and last["flexlora_qr_speedup"] > 0
+    assert last["streaming_extra_mb_11_clients"] >= 0
+    result = json.loads((tmp_path / "aggregation.json").read_text())
+    assert set(result["rules"]) == set(strategies.known()) - {"local"}
+    for name, found in result["rules"].items():
+        assert all(found[count]["seconds"] > 0 for count in ("9", "11")), name
+    text = readme.render("<!-- aggregation:begin --><!-- aggregation:end -->")
+    assert text.count(" s, ") >= 2 * len(readme.RULES_SHOWN)
+    assert set(readme.RULES_SHOWN) <= set(result["rules"])
+
+
+def test_rules_that_hold_all_updates_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`WHOLE` is what asks `reduce.rows`, `PRODUCTS` what asks `reduce.products`."""
+    asked: dict[str, set[str]] = {"rows": set(), "products": set()}
+    layout = aggregation.AdapterLayout.build({"q": (8, 8)}, 2)
+    for name in set(strategies.known()) - {"local"}:
+        reduce = aggregation.Reduce(layout, 2.0, 1)
+        for method in asked:
+            plain = getattr(reduce, method)
+
+            def noted(*given: Any, _m: str = method, _n: str = name, _f: Any = plain) -> Any:
+                asked[_m].add(_n)
+                return _f(*given)
+
+            monkeypatch.setattr(reduce, method, noted)
+        work, rule = aggregation.Round.build(layout, 9), strategies.load(name)
+        server = rule.start(work.start, layout)
+        rule.aggregate(server, work.plan, work.updates(), reduce, aggregation.Forgetful())
+    assert asked == {"rows": set(aggregation.WHOLE), "products": set(aggregation.PRODUCTS)}
