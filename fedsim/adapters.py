@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -51,16 +51,18 @@ class AdapterBank:
         self._numbers = rank_numbers(layout).to(device)
         self._lora_plus = lora_plus
         self._lr_scale: Tensor | None = None
-        self.freeze(())
+        self.rates({})
 
-    def freeze(self, kinds: Sequence[str]) -> None:
-        """Pieces of these kinds keep their values from now on, where their gradients are 0; the
-        others train."""
+    def rates(self, of: Mapping[str, float]) -> None:
+        """Kinds of pieces train at so many times the client's rate from now on, 1 where not named;
+        at 0, where gradients are 0 too, they keep their values: no step and no decay."""
+        of = {"B": 1.0, **of}
+        of["B"] *= self._lora_plus
         self._lr_scale = None
-        if kinds or self._lora_plus != 1:
+        if any(rate != 1 for rate in of.values()):
             scale = torch.ones(self.layout.size)
-            scale[self.layout.mask(("B",))] = self._lora_plus
-            scale[self.layout.mask(kinds)] = 0.0  # neither steps nor decays
+            for kind, rate in of.items():
+                scale[self.layout.mask((kind,))] = rate
             self._lr_scale = scale.to(self.rows.device)
 
     def cut(self, row: Tensor, rank: int) -> Tensor:

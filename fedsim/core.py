@@ -73,11 +73,13 @@ class LocalRule:
 
         g + prox_mu (x - x_k) + correction - control_k + tail penalty's gradient
 
-    and clips and optimises that, in the pieces of the kinds that are trained.
+    and clips and optimises that, in the pieces of the kinds that are trained. With `behind` the
+    first three terms are kept from the optimiser: behind its step x moves by -rate times them.
 
     Attributes:
         start: (P,) fp32; a client of rank r has its first r rows of A and columns of B.
         trained: kinds of pieces that train; the others stay bitwise as they started.
+        rates: learning rates of kinds over the client's, 1 where not named.
         down, up: kinds that travel to the client and back; traffic is arithmetic on them.
         more_down, more_up: numbers that a client of full rank receives and sends besides.
         base_down: numbers that every client receives of what has joined the base.
@@ -94,6 +96,7 @@ class LocalRule:
 
     start: Tensor
     trained: tuple[str, ...] = KINDS
+    rates: Mapping[str, float] = field(default_factory=dict)
     down: tuple[str, ...] = KINDS
     up: tuple[str, ...] = KINDS
     more_down: int = 0
@@ -104,6 +107,7 @@ class LocalRule:
     prox_mu: float = 0.0
     correction: Tensor | None = None
     control: str = ""
+    behind: bool = False
     tail_weight: float = 0.0
     tail_from: float = 1.0
 

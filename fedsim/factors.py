@@ -128,7 +128,7 @@ class Products:
                 stack.clear()
 
     def over(self, total: float) -> dict[str, Product]:
-        """module -> the sum divided by a total of weights. Nothing is left here."""
+        """module -> the sum divided by a total of weights; asked once, it takes the sums away."""
         out = {}
         for module, stack in self._stacks.items():
             if (whole := self._dense.pop(module, None)) is not None:
@@ -138,7 +138,6 @@ class Products:
             else:
                 b, a = _stacked(stack)
                 out[module] = Product(b / total, a)
-            stack.clear()
         return out
 
 

@@ -71,7 +71,7 @@ class LocalTerms:
             self._correction = rule.correction.to(bank.rows.device)
         frozen = [kind for kind in KINDS if kind not in rule.trained]
         self._frozen = bank.layout.mask(frozen).to(bank.rows.device) if frozen else None
-        bank.freeze(frozen)
+        bank.rates({**rule.rates, **dict.fromkeys(frozen, 0.0)})
 
     def enter(self, slot: int, start: Tensor, control: Tensor | None) -> None:
         """A client has come into a slot; rows (P,), its control None before its first visit."""
@@ -86,19 +86,34 @@ class LocalTerms:
         Args:
             ranks: slot -> its client's rank.
         """
-        rule, bank = self._rule, self._bank
         for slot, rank in ranks.items():
-            row, grad = bank.rows[slot], bank.grads[slot]
-            if self._start is not None:
-                grad.add_(row - self._start[slot], alpha=rule.prox_mu)
-            if self._correction is not None:
-                grad.add_(bank.cut(self._correction, rank))
-            if self._control is not None:
-                grad.sub_(self._control[slot])
-            if rule.tail_weight:
-                self._tail(slot, floor(rule.tail_from * rank), rank)
+            grad = self._bank.grads[slot]
+            if not self._rule.behind:
+                self._pull(grad, slot, rank)
+            if self._rule.tail_weight:
+                self._tail(slot, floor(self._rule.tail_from * rank), rank)
             if self._frozen is not None:
                 grad.masked_fill_(self._frozen, 0)
+
+    def move(self, ranks: Mapping[int, int], rates: np.ndarray) -> None:
+        """What acts behind the optimiser's step of these slots; rates (K,)."""
+        if not self._rule.behind:
+            return
+        for slot, rank in ranks.items():
+            term = torch.zeros_like(self._bank.rows[slot])
+            self._pull(term, slot, rank)
+            if self._frozen is not None:
+                term.masked_fill_(self._frozen, 0)
+            self._bank.rows[slot].sub_(term, alpha=float(rates[slot]))
+
+    def _pull(self, term: Tensor, slot: int, rank: int) -> None:
+        """term += prox_mu (x - x_k) + correction - control_k"""
+        if self._start is not None:
+            term.add_(self._bank.rows[slot] - self._start[slot], alpha=self._rule.prox_mu)
+        if self._correction is not None:
+            term.add_(self._bank.cut(self._correction, rank))
+        if self._control is not None:
+            term.sub_(self._control[slot])
 
     def _tail(self, slot: int, first: int, rank: int) -> None:
         """d/dx of weight ||B[:, first:rank]|| ||A[first:rank]||, module by module.

@@ -190,13 +190,15 @@ class Trainer:
         state.add(loss, enters=flags[0], begins=flags[1], first=flags[2], completes=completes)
         if not active.any():
             return None
-        terms.add({p.slot: int(plan.rank[who[p.slot]]) for p in shift.parts if p.completes})
+        ranks = {p.slot: int(plan.rank[who[p.slot]]) for p in shift.parts if p.completes}
+        terms.add(ranks)
         train = self.config.train
         norms = self.bank.step(
             lr=told[4], step=told[5], active=completes & state.ok,
             betas=(train.beta1, train.beta2), eps=train.eps,
             weight_decay=train.weight_decay, max_norm=train.clip_norm,
         )  # fmt: skip
+        terms.move(ranks, lr)
         state.ok &= ~completes | torch.isfinite(norms)
         return torch.where(completes, state.loss, float("nan"))
 

@@ -48,25 +48,35 @@ def oracle(one: Lab, rule: LocalRule, start: Tensor, client: int, control: Tenso
     section = one.config.train
     x = torch.nn.Parameter(start.double().clone())
     trained = one.base.layout.mask(rule.trained)
+    rates = torch.ones_like(x)
+    for kind, rate in rule.rates.items():
+        rates[one.base.layout.mask((kind,))] = rate
     adam = torch.optim.AdamW(
         [x], lr=LR[client], betas=(section.beta1, section.beta2), eps=section.eps,
         weight_decay=section.weight_decay,
     )  # fmt: skip
     for step in range(STEPS[client]):
         _, grads = one.gradients([client], step=step, rows=x.detach().float()[None])
-        g = grads[0].double() + rule.prox_mu * (x.detach() - start.double())
-        if rule.correction is not None:
-            g += rule.correction
-        if control is not None:
-            g -= control
-        g += tail(one, rule, x.detach())
+        g = grads[0].double() + tail(one, rule, x.detach())
+        if not rule.behind:
+            g += pull(rule, x.detach(), start, control)
         x.grad = torch.where(trained, g, 0)
         torch.nn.utils.clip_grad_norm_([x], section.clip_norm)
         before = x.detach().clone()
         adam.step()
         with torch.no_grad():
-            x.copy_(torch.where(trained, x, before))
+            x.copy_(torch.where(trained, before + rates * (x - before), before))
+            if rule.behind:
+                x -= LR[client] * torch.where(trained, pull(rule, x, start, control), 0)
     return x.detach().float()
+
+
+def pull(rule: LocalRule, x: Tensor, start: Tensor, control: Tensor | None) -> Tensor:
+    """mu (x - x_k) + correction - control_k."""
+    out = rule.prox_mu * (x - start.double())
+    if rule.correction is not None:
+        out = out + rule.correction
+    return out if control is None else out - control
 
 
 def tail(one: Lab, rule: LocalRule, row: Tensor) -> Tensor:
@@ -84,8 +94,11 @@ def tail(one: Lab, rule: LocalRule, row: Tensor) -> Tensor:
 
 RULES = {
     "proximal": {"prox_mu": 3.0},
+    "proximal, decoupled": {"prox_mu": 3.0, "behind": True},
+    "frozen A, pulled behind": {"trained": ("B", "mag"), "prox_mu": 3.0, "behind": True},
     "frozen A": {"trained": ("B", "mag")},
     "frozen B": {"trained": ("A",)},
+    "rate of B": {"rates": {"B": 3.0}},
     "tail": {"tail_weight": 0.5, "tail_from": 0.5},
 }
 
@@ -107,11 +120,14 @@ def test_shared_terms(lab: Callable[..., Lab], terms: dict[str, Any], decay: flo
         assert distance(again, got, one.start) <= DELTA
 
 
-def test_correction_and_control(lab: Callable[..., Lab]) -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_correction_and_control(lab: Callable[..., Lab], behind: bool) -> None:
     """Clients 1 and 3 have been here before; the others' control is zero."""
     one = lab()
-    rule = LocalRule(one.start, correction=like(one, 9, 0.02), control="c", prox_mu=0.5)
-    memory = memory_of(one, "c", (1, 3), 0.03)
+    size = 0.5 if behind else 0.02  # that of steps, or of gradients
+    rule = LocalRule(one.start, correction=like(one, 9, size), control="c", prox_mu=0.5,
+                     behind=behind, trained=("B", "mag") if behind else KINDS)  # fmt: skip
+    memory = memory_of(one, "c", (1, 3), 1.5 * size)
     got = train(one, rule, memory, slots=2)
     controls = [memory.read("c", c) for c in range(CLIENTS)]
     want = torch.stack([oracle(one, rule, one.start, c, controls[c]) for c in range(CLIENTS)])

@@ -2,7 +2,8 @@
 
     client k minimises  F_k(x) + mu/2 ||x - x_k||^2, its gradient  g + mu (x - x_k)
 
-The term joins the gradient before clipping and before AdamW's moments (coupled).
+The term joins the gradient before clipping and before AdamW's moments; `decoupled`, it acts behind
+AdamW's step instead, x <- x - lr mu (x - x_k), as AdamW's own decay does.
 
 By hand: F(x) = (x - 1)^2 / 2, x_k = 0, mu = 1: x = 1 / (1 + mu) = 0.5.
 
@@ -28,13 +29,15 @@ class FedProx(FedAvg):
 
     Attributes:
         mu: strength of the pull; papers use 0.001 to 1.
+        decoupled: the pull is kept from AdamW.
     """
 
     mu: Annotated[float, Field(ge=0)] = 0.01
+    decoupled: bool = False
 
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """Every client starts from the global row and is pulled back to it."""
-        return LocalRule(server.row, prox_mu=self.mu)
+        return LocalRule(server.row, prox_mu=self.mu, behind=self.decoupled)
 
 
 STRATEGY = FedProx

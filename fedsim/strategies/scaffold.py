@@ -14,9 +14,9 @@ norm 1 over all P numbers, 1 / sqrt(P).
 By hand: N = 2, both train, c = 0, K lr = 0.5, scale = 1, updates -1 and -3: c_k = 2 and 6, c = 4,
 x = -2.
 
-Paper: Karimireddy et al., arXiv:1910.06378, algorithm 1. OpenFedLLM weighs x by examples (`equal =
-false`), keeps scale 1, and subtracts lr (c - c_k) behind AdamW's step instead of adding c - c_k to
-the gradient, so that its controls are mean steps; no option here does that.
+Paper: Karimireddy et al., arXiv:1910.06378, algorithm 1. OpenFedLLM weighs x by examples, keeps
+scale 1, and subtracts lr (c - c_k) behind AdamW's step instead of adding c - c_k to the gradient:
+`equal = false`, `scale = 1`, `behind = true`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ class Scaffold(FedAvg):
         eta: server rate.
         scale: gradient that a mean step of the size of the rate stands for: 1 is the paper's, for
             SGD; 0 takes 1 / sqrt(P), for AdamW.
+        behind: c - c_k, times the rate, is taken from x behind the optimiser's step.
     """
 
     equal: bool = True
     eta: Annotated[float, Field(gt=0)] = 1.0
     scale: Annotated[float, Field(ge=0)] = 0.0
+    behind: bool = False
 
     def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
         """c = 0; the numbers that a client has, P without gaps."""
@@ -69,7 +71,7 @@ class Scaffold(FedAvg):
         more = int(server.memory["numbers"])
         return LocalRule(
             server.row, more_down=more, more_up=more, correction=server.memory["c"].float(),
-            control="control",
+            control="control", behind=self.behind,
         )  # fmt: skip
 
     def aggregate(
