@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedsim.layout import AdapterLayout
 
-# fp64 cannot tell a singular value below this share of the largest from rounding.
-_ZERO = 1e-12
+# Shares of the largest singular value below which one is rounding: in fp64, and when squared in it.
+_ZERO, _SQUARED = 1e-12, 1e-7
 
 
 @dataclass(frozen=True)
@@ -29,78 +29,96 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Product:
-    """A matrix (O, I) in fp64: factors b (O, n) and a (n, I), or whole."""
+class Stacked:
+    """A matrix (O, I) as factors b (O, n) and a (n, I), fp64."""
 
-    b: Tensor | None = None
-    a: Tensor | None = None
-    whole: Tensor | None = None
-
-    def dense(self) -> Tensor:
-        """(O, I)."""
-        return self.whole if self.whole is not None else self._b @ self._a
-
-    @property
-    def _b(self) -> Tensor:
-        assert self.b is not None
-        return self.b
-
-    @property
-    def _a(self) -> Tensor:
-        assert self.a is not None
-        return self.a
+    b: Tensor
+    a: Tensor
 
     @property
     def numbers(self) -> int:
         """That it takes to send it."""
-        return sum(t.numel() for t in (self.b, self.a, self.whole) if t is not None)
+        return self.b.numel() + self.a.numel()
+
+    def dense(self) -> Tensor:
+        """(O, I)."""
+        return self.b @ self.a
 
     def times(self, x: Tensor) -> Tensor:
-        """The product with x (I, n): (O, n)."""
-        return self.whole @ x if self.whole is not None else self._b @ (self._a @ x)
+        """The product with x (I, m): (O, m)."""
+        return self.b @ (self.a @ x)
 
-    def plus(self, b: Tensor, a: Tensor) -> Product:
-        """With another b (O, n) a (n, I) added."""
-        if self.whole is not None:
-            return Product(whole=self.whole + b @ a)
-        return Product(torch.cat([self._b, b], 1), torch.cat([self._a, a]))
+    def plus(self, b: Tensor, a: Tensor) -> Stacked:
+        """With another b a beside it."""
+        return Stacked(torch.cat([self.b, b], 1), torch.cat([self.a, a]))
 
     def norm(self) -> float:
-        """Frobenius norm, of factors from their Gram matrices."""
-        if self.whole is not None:
-            return float(self.whole.norm())
-        square = float(((self._b.T @ self._b) * (self._a @ self._a.T)).sum())
-        return math.sqrt(max(square, 0.0))
+        """Frobenius norm: ||b a||^2 = <b^T b, a a^T>."""
+        return math.sqrt(max(float(((self.b.T @ self.b) * (self.a @ self.a.T)).sum()), 0.0))
 
     def svd(self, rank: int) -> Parts:
-        """The largest `rank` singular parts, and no more than are not 0.
-
-        Of factors in O((O + I) n^2 + n^3): thin QR of both, then the SVD of the n x n core
-        R_B R_A^T. Of a whole matrix from the eigenvectors v of its smaller Gram matrix, G v and
-        not the root of an eigenvalue being s u: what squaring rounds away, 1e-8 of the largest, is
-        less than fp32 keeps, and it is several times faster than an SVD. Each row of vt has its
-        largest number positive.
-        """
-        if self.whole is None:
-            qb, rb = torch.linalg.qr(self._b)
-            qa, ra = torch.linalg.qr(self._a.T)
-            core = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-            u, s, vt = qb @ core[0], core[1], core[2] @ qa.T
-            lost = s[rank:].square().sum()
-        else:
-            tall = self.whole.shape[0] >= self.whole.shape[1]
-            g = self.whole if tall else self.whole.T
-            squares, v = torch.linalg.eigh(g.T @ g)
-            lost = squares[: max(0, len(squares) - rank)].clamp(min=0).sum()
-            v = v.flip(1)[:, :rank]
-            image = g @ v
-            s = image.norm(dim=0)
-            image = image / s.clamp(min=torch.finfo(s.dtype).tiny)
-            u, vt = (image, v.T) if tall else (v, image.T)
+        """The largest `rank` singular parts, and no more than are not 0, in O((O + I) n^2 + n^3):
+        thin QR of both factors, then the SVD of the (n, n) core R_B R_A^T."""
+        qb, rb = torch.linalg.qr(self.b)
+        qa, ra = torch.linalg.qr(self.a.T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         kept = min(rank, int((s > _ZERO * s[0]).sum()))
-        u, s, vt = u[:, :kept], s[:kept], vt[:kept]
-        sign = torch.gather(vt, 1, vt.abs().argmax(1, keepdim=True)).sign()
-        return Parts(u * sign.T, s, vt * sign, math.sqrt(float(lost)))
+        return _parts(qb @ u, s, vt @ qa.T, kept, float(s[rank:].square().sum()))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix (O, I) as it is, fp64."""
+
+    w: Tensor
+
+    @property
+    def numbers(self) -> int:
+        """That it takes to send it."""
+        return self.w.numel()
+
+    def dense(self) -> Tensor:
+        """(O, I)."""
+        return self.w
+
+    def times(self, x: Tensor) -> Tensor:
+        """The product with x (I, m): (O, m)."""
+        return self.w @ x
+
+    def plus(self, b: Tensor, a: Tensor) -> Dense:
+        """With b a added."""
+        return Dense(self.w + b @ a)
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return float(self.w.norm())
+
+    def svd(self, rank: int) -> Parts:
+        """The same parts from the eigenvectors v of the smaller Gram matrix, u s = w v.
+
+        What squaring rounds away, 1e-8 of the largest singular value, is less than fp32 keeps, and
+        it is several times faster than an SVD.
+        """
+        tall = self.w.shape[0] >= self.w.shape[1]
+        g = self.w if tall else self.w.T
+        squares, v = torch.linalg.eigh(g.T @ g)
+        lost = float(squares[: max(0, len(squares) - rank)].clamp(min=0).sum())
+        v = v.flip(1)[:, :rank]
+        image = g @ v
+        s = image.norm(dim=0)
+        u = image / s.clamp(min=torch.finfo(s.dtype).tiny)
+        kept = int((s > _SQUARED * s[0]).sum())
+        return _parts(u, s, v.T, kept, lost) if tall else _parts(v, s, u.T, kept, lost)
+
+
+Product = Stacked | Dense
+
+
+def _parts(u: Tensor, s: Tensor, vt: Tensor, kept: int, lost: float) -> Parts:
+    """The first ones; the largest number of each row of vt is positive."""
+    u, s, vt = u[:, :kept], s[:kept], vt[:kept]
+    sign = torch.gather(vt, 1, vt.abs().argmax(1, keepdim=True)).sign()
+    return Parts(u * sign.T, s, vt * sign, math.sqrt(lost))
 
 
 class Products:
@@ -129,15 +147,15 @@ class Products:
 
     def over(self, total: float) -> dict[str, Product]:
         """module -> the sum divided by a total of weights; asked once, it takes the sums away."""
-        out = {}
+        out: dict[str, Product] = {}
         for module, stack in self._stacks.items():
             if (whole := self._dense.pop(module, None)) is not None:
                 if stack:
                     whole.addmm_(*_stacked(stack))
-                out[module] = Product(whole=whole.div_(total))
+                out[module] = Dense(whole.div_(total))
             else:
                 b, a = _stacked(stack)
-                out[module] = Product(b / total, a)
+                out[module] = Stacked(b / total, a)
         return out
 
 
@@ -164,12 +182,13 @@ def joined(base: Mapping[str, Tensor], added: Mapping[str, Product]) -> dict[str
     for module, product in added.items():
         w, a, b = (out.pop(f"{module}.{kind}", None) for kind in ("W", "A", "B"))
         if w is not None:
-            product = Product(whole=product.dense() + w.double())
+            product = Dense(product.dense() + w.double())
         elif a is not None and b is not None:
             product = product.plus(b.double(), a.double())
-        a, b = product.a, product.b
-        if a is not None and b is not None and narrow(len(a), len(b), a.shape[1]):
-            out |= {f"{module}.A": a.float(), f"{module}.B": b.float()}
+        if isinstance(product, Stacked) and narrow(
+            len(product.a), len(product.b), product.a.shape[1]
+        ):
+            out |= {f"{module}.A": product.a.float(), f"{module}.B": product.b.float()}
         else:
             out[f"{module}.W"] = product.dense().float()
     return out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.correction import delta_of
-from fedsim.factors import Product, Products, joined, narrow
+from fedsim.factors import Dense, Product, Products, Stacked, joined, narrow
 from fedsim.layout import AdapterLayout
 
 WIDE = AdapterLayout.build({"up": (24, 40), "down": (40, 24), "small": (24, 6)}, 4)
@@ -53,12 +53,9 @@ def test_the_sum_is_exact_whatever_it_is_kept_as(count: int) -> None:
             got[module].times(normal(want.shape[1], 3)), want @ normal(want.shape[1], 3) / 3
         )
         assert got[module].norm() == pytest.approx(float(want.norm()) / 3, rel=1e-10)
-    assert (got["up"].whole is None) is (count < 3) and got["small"].whole is not None
-    b, a = got["up"].b, got["up"].a
-    if a is not None and b is not None:
-        assert len(a) == b.shape[1] == 4 * count < 12 and got["up"].numbers == 4 * count * 64
-    else:
-        assert got["up"].numbers == 24 * 40
+    assert isinstance(got["small"], Dense) and got["small"].numbers == 24 * 6
+    assert isinstance(got["up"], Stacked) is (count < 3)
+    assert got["up"].numbers == (4 * count * 64 if count < 3 else 24 * 40)
 
 
 def test_ranks_below_the_layouts() -> None:
@@ -67,8 +64,7 @@ def test_ranks_below_the_layouts() -> None:
     for row, rank in zip(all_rows, (2, 3), strict=True):
         products.add(row, rank, 1.0)
     got = products.over(1.0)
-    a = got["up"].a
-    assert a is not None and len(a) == 5
+    assert isinstance(got["up"], Stacked) and len(got["up"].a) == 5
     assert all(near(got[m].dense(), want) for m, want in dense(all_rows, [1.0, 1.0]).items())
 
 
@@ -86,9 +82,10 @@ def test_the_svd_is_the_dense_one(o: int, i: int, n: int, rank: int) -> None:
     b, a = normal(o, n), normal(n, i, seed=2)
     u, s, vt = torch.linalg.svd(b @ a, full_matrices=False)
     r = min(rank, n)
-    for product, bound in ((Product(b, a), 1e-12), (Product(whole=b @ a), 1e-7)):
+    cases: list[tuple[Product, float]] = [(Stacked(b, a), 1e-12), (Dense(b @ a), 1e-7)]
+    for product, bound in cases:
         parts = product.svd(rank)
-        assert len(parts.s) == r or (product.whole is not None and r == n)
+        assert len(parts.s) == r
         assert near(parts.s[:r], s[:r], bound)
         best = u[:, :r] * s[:r] @ vt[:r]
         assert near((parts.u * parts.s) @ parts.vt, best, bound)
@@ -101,16 +98,16 @@ def test_the_svd_is_the_dense_one(o: int, i: int, n: int, rank: int) -> None:
 
 def test_signs_do_not_depend_on_the_factors() -> None:
     b, a = normal(20, 4), normal(4, 12, seed=2)
-    one, other = Product(b, a).svd(4), Product(-b, -a).svd(4)
+    one, other = Stacked(b, a).svd(4), Stacked(-b, -a).svd(4)
     assert near(other.u, one.u, 1e-10) and near(other.vt, one.vt, 1e-10)
 
 
 def test_parts_that_are_zero_are_left_out() -> None:
     b, a = normal(20, 2), normal(2, 12, seed=2)
-    assert len(Product(torch.cat([b, b], 1), torch.cat([a, a])).svd(4).s) == 2
-    zero = Product(torch.zeros(20, 3).double(), normal(3, 12)).svd(3)
+    assert len(Stacked(torch.cat([b, b], 1), torch.cat([a, a])).svd(4).s) == 2
+    zero = Stacked(torch.zeros(20, 3).double(), normal(3, 12)).svd(3)
     assert len(zero.s) == 0 and zero.u.shape == (20, 0) and zero.lost == 0
-    assert len(Product(whole=torch.zeros(20, 12).double()).svd(3).s) == 0
+    assert len(Dense(torch.zeros(20, 12).double()).svd(3).s) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -137,5 +134,5 @@ def test_what_joins_the_base_adds_up(count: int) -> None:
 
 def test_a_module_that_gets_nothing_keeps_its_part() -> None:
     base = {"other.W": torch.ones(2, 2)}
-    got = joined(base, {"up": Product(normal(40, 1), normal(1, 24))})
+    got = joined(base, {"up": Stacked(normal(40, 1), normal(1, 24))})
     assert got["other.W"] is base["other.W"] and {"up.A", "up.B"} <= got.keys()

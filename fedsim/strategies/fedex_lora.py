@@ -29,7 +29,7 @@ from fedsim.core import (
     ServerState,
     Strategy,
 )
-from fedsim.factors import Product, joined
+from fedsim.factors import Product, Stacked, joined
 from fedsim.reduce import Reduce, uniform
 
 
@@ -68,7 +68,7 @@ class FedExLoRA(Strategy):
             missed[module] = exact.plus(-reduce.scale * b[0], a[0])
             if self.residual:
                 parts = missed[module].svd(self.residual)
-                missed[module] = Product(parts.u * parts.s, parts.vt)
+                missed[module] = Stacked(parts.u * parts.s, parts.vt)
                 lost, whole = lost + parts.lost**2, whole + exact.norm() ** 2
         sent = torch.tensor(sum(product.numbers for product in missed.values()))
         kept = {"sent": sent}

@@ -33,7 +33,7 @@ from fedsim.core import (
     ServerState,
     Strategy,
 )
-from fedsim.factors import Product
+from fedsim.factors import Stacked
 from fedsim.reduce import Reduce
 
 
@@ -101,7 +101,7 @@ def norm(row: Tensor, reduce: Reduce, part: slice, *, apart: bool = False) -> fl
              for a, b in reduce.layout.factors(row[None]).values()]  # fmt: skip
     if apart:
         return sum(float(b.norm() * a.norm()) for b, a in pairs)
-    return hypot(*(Product(b, a).norm() for b, a in pairs))
+    return hypot(*(Stacked(b, a).norm() for b, a in pairs))
 
 
 STRATEGY = HetLoRA
