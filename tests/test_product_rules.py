@@ -20,11 +20,12 @@ from fedsim import seeds, simulate, strategies
 from fedsim.adapters import AdapterBank
 from fedsim.checkpoint import load_checkpoint
 from fedsim.config import Config
-from fedsim.core import KINDS, Population, RoundPlan, ServerState, Strategy
+from fedsim.core import KINDS, AdapterLayout, Population, RoundPlan, ServerState, Strategy
 from fedsim.correction import delta_of
 from fedsim.folder import RunFolder
 from fedsim.local_terms import Starts
 from fedsim.plan import plan_round
+from fedsim.reduce import Reduce
 from tests.rules import (
     EPS,
     LAYOUT,
@@ -105,6 +106,30 @@ def test_the_mean_of_products_is_kept_exactly(rule: str, plan: RoundPlan) -> Non
     }
     second = {m: base[m] + g for m, g in mean_products(plan, more).items()}
     assert far(weights_of(twice), second) <= 32 * EPS
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "flora", "fedex_lora"])
+def test_a_side_as_large_as_the_rank(rule: str) -> None:
+    """Public code tells A from B by the dimension that equals the rank; here both sides do."""
+    layout = AdapterLayout.build({"x": (3, 3)}, 3)
+    used = layout.mask(("A", "B"))
+    rows = torch.where(
+        used, torch.randn(M, layout.size, generator=torch.Generator().manual_seed(1)), 0
+    )
+    strategy, plan = strategies.load(rule), plan_of(WEIGHTS)
+    server = strategy.start(rows[0], layout)
+    after = strategy.aggregate(
+        server, plan, blocks(rows[0], rows), Reduce(layout, SCALE, 1), Kept()
+    )
+    (a, b), (one_a, one_b) = (
+        layout.factors(rows.double())["x"],
+        layout.factors(after.row[None])["x"],
+    )
+    want = torch.einsum("k,kor,kri->oi", SCALE * P, b, a)
+    got = SCALE * one_b[0].double() @ one_a[0].double()
+    if (joined := delta_of(after.base, "x")) is not None:
+        got = got + joined
+    assert float((got - want).norm()) <= 8 * EPS * float(want.norm())
 
 
 def test_floras_next_adapter_is_fresh() -> None:
