@@ -126,7 +126,8 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    every: int = Field(0, ge=0, description="rounds; 0: before the first and after the last")
+    every: int = Field(0, ge=0, description="rounds between evaluations; the last is always one")
+    first: bool = Field(True, description="also before the first round")
     tasks: Names = ()
     limit: int | None = Field(None, ge=0, description="examples of each task; 0: no evaluation")
     clients: int = Field(8, ge=1, description="adapters, where the rule leaves each its own")

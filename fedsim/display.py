@@ -121,11 +121,12 @@ def table(changes: list[Change]) -> Table:
         out.add_column(name, justify="right")
     for c in changes:
         style = "green" if c.low > 0 else "red" if c.high < 0 else ""
-        out.add_row(
-            c.task, c.metric, str(c.n), f"{100 * c.before:.1f}", f"{100 * c.after:.1f}",
+        known = () if c.before is None else (
             Text(f"{100 * c.change:+.1f}", style=style),
             f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
         )  # fmt: skip
+        before = "" if c.before is None else f"{100 * c.before:.1f}"
+        out.add_row(c.task, c.metric, str(c.n), before, f"{100 * c.after:.1f}", *known)
     return out
 
 

@@ -48,7 +48,8 @@ def run(
     else:
         folder.write_json("environment.json", describe(config, world))
         server, scores = world.first(strategy, config.adapter), []
-        scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
+        if config.evaluate.first:
+            scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
         commit(folder, server, scores, memory.index())
 
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))

@@ -37,7 +37,7 @@ attack.kind attack.fraction attack.options
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.graphs
-evaluate.every evaluate.tasks evaluate.limit evaluate.clients
+evaluate.every evaluate.first evaluate.tasks evaluate.limit evaluate.clients
 """
 
 # key -> values that must be refused.
@@ -66,7 +66,8 @@ REFUSED: dict[str, list[Any]] = {
     "train.slots": [0], "train.budget_tokens": [-1], "train.mode": ["exact", 1],
     "train.chunk_tokens": [0, 512.0], "train.tile": [48, 0, "64"], "train.shared_prefix": ["no"],
     "train.recompute": [1, "sometimes"], "train.graphs": [True, "always"],
-    "evaluate.every": [-1], "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
+    "evaluate.every": [-1], "evaluate.first": [0, "no"],
+    "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
     "evaluate.clients": [0, 1.0],
 }  # fmt: skip
 NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")

@@ -212,6 +212,9 @@ def test_the_table_compares_the_first_evaluation_with_the_last(tmp_path: Path) -
     assert (first.low, first.high) == (-second.high, -second.low) and not first.significant
     first, _ = changes(records + more)
     assert first.after == (1 + 1 + 0.5 + 0) / 4
+    only, _ = changes(records[8:])
+    assert only.before is None and only.after == 0.75 and not only.significant
+    assert math.isnan(only.change)
 
 
 def test_a_proportion_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from fedsim.folder import RunFolder
 
 @dataclass(frozen=True)
 class Change:
-    """One score before training and after it, over the same examples."""
+    """One score before training and after it, over the same examples.
+
+    `before` is None, and the change nan, where only one round was scored.
+    """
 
     task: str
     metric: str
     n: int
-    before: float
+    before: float | None
     after: float
     change: float
     low: float  # of the 95 % interval of the paired change
@@ -33,19 +37,19 @@ class Change:
 
 
 def changes(folder: Path) -> list[Change]:
-    """Every task and metric, round 0 against the last evaluated round."""
+    """Every task and metric, the first evaluated round against the last."""
     run = RunFolder(folder)
     scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
     out = []
     for task in dict.fromkeys(s["task"] for s in scores):
         lines = run.read(f"eval/{task}.jsonl")
-        last = max(line["round"] for line in lines)
+        rounds = sorted({line["round"] for line in lines})
         for metric in dict.fromkeys(s["metric"] for s in scores if s["task"] == task):
-            before, after = (_hits(lines, round, metric) for round in (0, last))
-            change, low, high = paired_difference(before, after)
-            n = len(after)
-            out.append(Change(task, metric, n, sum(before) / n, sum(after) / n,
-                              change, low, high))  # fmt: skip
+            before, after = (_hits(lines, round, metric) for round in (rounds[0], rounds[-1]))
+            n, start, change = len(after), None, (math.nan,) * 3
+            if len(rounds) > 1:
+                start, change = sum(before) / n, paired_difference(before, after)
+            out.append(Change(task, metric, n, start, sum(after) / n, *change))
     return out
 
 
