@@ -18,17 +18,8 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-    Strategy,
-)
+from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.factors import Product, Stacked, joined
 from fedsim.reduce import Reduce, uniform
 
@@ -46,13 +37,9 @@ class FedExLoRA(Strategy):
     equal: bool = False
     residual: Annotated[int, Field(ge=0)] = 0
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """No residual yet."""
-        return ServerState(0, row, {"sent": torch.zeros((), dtype=torch.int64)})
-
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """From the global row over the base as it is now."""
-        return LocalRule(server.row, base_down=int(server.memory["sent"]))
+        return LocalRule(server.row, base_down=int(server.memory.get("sent", 0)))
 
     def aggregate(
         self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],

@@ -18,17 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fedsim.core import (
-    AdapterLayout,
-    ClientMemory,
-    ClientUpdates,
-    LocalRule,
-    RoundPlan,
-    ServerState,
-    Strategy,
-)
+from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.factors import joined
 from fedsim.reduce import Reduce, uniform
 
@@ -43,13 +34,9 @@ class FLoRA(Strategy):
 
     equal: bool = False
 
-    def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
-        """Nothing has been stacked yet."""
-        return ServerState(0, row, {"stacked": torch.zeros((), dtype=torch.int64)})
-
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """From a fresh adapter over the base as it is now."""
-        stacked = int(server.memory["stacked"])
+        stacked = int(server.memory.get("stacked", 0))
         return LocalRule(server.row, down=("mag",), base_down=stacked)
 
     def aggregate(
