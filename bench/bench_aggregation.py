@@ -15,6 +15,7 @@ all updates at once is left out where they do not fit half of the free memory.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import time
@@ -128,12 +129,14 @@ class Round:
 
 
 def memory(what: str) -> int:
-    """Bytes of this process: VmRSS, or VmHWM, its peak since `forget_peak`."""
+    """Bytes of this process: VmRSS, or VmHWM, its peak since `forget`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{what}:")).split()[1]) * 1024
 
 
-def forget_peak() -> None:
+def forget() -> None:
+    """Give freed memory back, which a rule would else get again unseen, and the peak with it."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -152,7 +155,7 @@ def cost(name: str, layout: AdapterLayout, work: Round) -> dict[str, Any]:
     reduce = Reduce(layout, SCALE, KEY)
     local = rule.rule(server, work.plan)  # what it needs for training is not the aggregation's
     gc.collect()
-    forget_peak()
+    forget()
     before, began = memory("VmRSS"), time.perf_counter()
     rule.aggregate(server, work.plan, work.updates(), reduce, Forgetful())
     seconds, extra = time.perf_counter() - began, memory("VmHWM") - before
@@ -194,11 +197,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         faster, error = flexlora(given.wide, 1 if given.quick else 3)
     except FedSimError as failure:
         sys.exit(f"error: {failure}")
+    columns = [text for count in counts for text in (f"{count} clients", "")]
     rows = [[name, "", *(text for count in counts for text in cell(found[str(count)]))]
             for name, found in rules.items()]  # fmt: skip
-    harness.show(
-        "aggregation", ["rule", "", *(f"{c} clients" for c in counts for _ in (0, 1))], rows
-    )
+    harness.show("aggregation", ["rule", "", *columns], rows)
     last = str(counts[-1])
     extra = max(found[last]["extra_mib"] for name, found in rules.items()
                 if name not in (*WHOLE, *PRODUCTS))  # fmt: skip
