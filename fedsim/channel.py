@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -129,7 +129,7 @@ class Wire:
         vectors: v, the ways of weighing of the rule; with secure aggregation.
     """
 
-    channel: Channel = Channel()
+    channel: Channel = field(default_factory=Channel)
     vectors: int = 1
 
     def up(self, numbers: int, clients: int) -> int:

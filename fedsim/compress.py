@@ -88,7 +88,7 @@ def through(
             row[i, has] = start + sent
             ok[i] = bool(row[i].isfinite().all())
             if channel.feedback and ok[i]:
-                left = torch.zeros_like(row[i]) if before is None else before.to(row)
+                left = torch.zeros_like(row[i]) if before is None else before.to(row).clone()
                 left[has] = x - sent
                 memory.write("residual", client, left)
         yield replace(block, row=row, ok=ok)
