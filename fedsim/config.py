@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from fedsim.attackers import Attack
+from fedsim.channel import Channel
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
 from fedsim.section import Section
@@ -143,6 +144,7 @@ class Config(Section):
     clients: Clients = Clients()
     server: Server = Server()
     attack: Attack = Attack()
+    channel: Channel = Channel()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
 
@@ -184,7 +186,8 @@ class Config(Section):
                 f"clients.partition: got {self.clients.partition}; expected iid with "
                 "run.protocol = flowertune"
             )
-        if misfit := self.clients.misfit() or self.attack.misfit():
+        channel = self.channel.misfit(self.per_round)
+        if misfit := self.clients.misfit() or self.attack.misfit() or channel:
             raise ValueError(misfit)
         return self
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim import domains, peft_io, seeds, strategies, weights
+from fedsim import domains, peft_io, rehearsal, seeds, strategies, weights
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import sources, tokens, training
@@ -132,10 +132,12 @@ def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float
     n = config.clients.number if config.adapter.ranks else config.per_round
     population = Population(np.arange(n + 1), np.arange(n))
     server = strategy.start(torch.zeros(layout.size), layout)
+    wire = rehearsal.wire(config, strategy)
     total = 0.0
     for round in range(1, config.server.rounds + 1):
         plan = plan_round(config, population, round, key)
-        total += sum(traffic(strategy.rule(server, plan), layout, plan.rank.tolist()))
+        rule = strategy.rule(server, plan)
+        total += sum(traffic(rule, layout, plan.rank.tolist(), wire))
     return total
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.channel import Wire
 from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan
 from fedsim_kernels import dispatch, native
 
 MIB = 1 << 20
+PLAIN = Wire()
 FLOWERTUNE_BUDGET_MIB = 200_000  # flowertune.md 1.4: both directions, all rounds
 PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
              "bitsandbytes", "deepspeed", "triton", "vllm")  # fmt: skip
@@ -43,13 +45,16 @@ def transfer_mib(numbers: int) -> float:
     return numbers * 4 / MIB
 
 
-def traffic(rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int]) -> tuple[float, float]:
+def traffic(
+    rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int], wire: Wire = PLAIN
+) -> tuple[float, float]:
     """MiB that clients of these ranks receive and send in a round."""
-    ways = ((rule.down, rule.more_down, rule.base_down), (rule.up, rule.more_up, 0))
-    down, up = (
-        sum(transfer_mib(layout.numel(r, kinds) + more * r // layout.rank + all_) for r in ranks)
-        for kinds, more, all_ in ways
-    )
+    m, down, up = len(ranks), 0.0, 0.0
+    for r in ranks:
+        received = layout.numel(r, rule.down) + rule.more_down * r // layout.rank + rule.base_down
+        down += (received * 4 + wire.down(m)) / MIB
+        pieces = wire.up(layout.numel(r, rule.up), m)
+        up += (pieces + rule.more_up * r // layout.rank * 4) / MIB
     return down, up
 
 
@@ -205,16 +210,16 @@ def _number(value: float) -> float | None:
 
 def round_line(
     plan: RoundPlan, rule: LocalRule, clients: list[dict[str, Any]], layout: AdapterLayout,
-    meter: Meter, before: float,
+    meter: Meter, before: float, wire: Wire = PLAIN,
 ) -> dict[str, Any]:  # fmt: skip
     """The line of a round: losses over its healthy clients, traffic, seconds, memory.
 
     Args:
-        before: MiB sent in all earlier rounds.
+        before: MiB sent in all earlier rounds. wire: what updates take on the way.
     """
     ok = [c for c in clients if c["ok"]]
     ranks = [c["rank"] for c in clients]
-    down, up = traffic(rule, layout, ranks)
+    down, up = traffic(rule, layout, ranks, wire)
     total = before + down + up
     return {
         "round": plan.round, "clients": len(clients), "failed": len(clients) - len(ok),

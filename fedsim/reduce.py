@@ -16,6 +16,7 @@ from fedsim.batch import on_device
 from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 from fedsim.errors import RunError
 from fedsim.factors import Product, Products
+from fedsim.secure import Ring, refuse, summed
 
 Weigh = Callable[[ClientUpdates], np.ndarray]
 
@@ -50,10 +51,15 @@ class Reduce:
     Attributes:
         layout: of the rows.
         scale: s of the server's adapter, whose part in a module's weight is s B A.
+        ring: of secure aggregation: sums are all that can be asked for. None: there is none.
+        vectors: ways of weighing that were summed last.
     """
 
-    def __init__(self, layout: AdapterLayout, scale: float, key: int) -> None:
-        self.layout, self.scale, self._key = layout, scale, key
+    def __init__(
+        self, layout: AdapterLayout, scale: float, key: int, ring: Ring | None = None
+    ) -> None:
+        self.layout, self.scale, self._key, self.ring = layout, scale, key, ring
+        self.vectors = 0
 
     def fresh(self, round: int) -> Tensor:
         """A new adapter (P,) fp32 for the clients after a round: A drawn, B zero."""
@@ -75,7 +81,8 @@ class Reduce:
         Raises:
             RunError: no client of the round returned a finite update.
         """
-        sums = self.sums(plan, updates, weigh or weights_of(plan))
+        most = float(plan.weights.max()) if self.ring else 1.0  # in the ring weights are <= 1
+        sums = self.sums(plan, updates, weigh or weights_of(plan, most))
         return (sums.totals[0] / sums.weights[0]).float()
 
     def sums(
@@ -85,8 +92,15 @@ class Reduce:
         """sum_k w_k delta_k, or of the rows themselves, for several ways of weighing at once.
 
         Raises:
-            RunError: no client returned a finite update of a positive weight.
+            RunError: no client returned a finite update of a positive weight; in the ring, a number
+                is beyond its range, or fewer returned than its threshold.
         """
+        self.vectors = len(weigh)
+        if self.ring:
+            sums = Sums(*summed(self.ring, plan, updates, weigh, of))
+            if any(w == 0 for w in sums.weights):
+                raise _nobody(plan)
+            return sums
         totals: list[Tensor] = []
         weights = [0.0] * len(weigh)
         ok = np.zeros(len(plan), dtype=bool)
@@ -116,7 +130,10 @@ class Reduce:
 
         Raises:
             RunError: no client returned a finite update.
+            ConfigError: only sums can be asked for.
         """
+        if self.ring:
+            raise refuse("products B A")
         weigh, products = weigh or weights_of(plan), Products(self.layout)
 
         def seen() -> Iterator[ClientUpdates]:
@@ -135,7 +152,10 @@ class Reduce:
 
         Raises:
             RunError: no client returned a finite update.
+            ConfigError: only sums can be asked for.
         """
+        if self.ring:
+            raise refuse("updates")
         index, rows, deltas = [], [], []
         for block in updates:
             for i in np.flatnonzero(block.ok):
@@ -150,9 +170,9 @@ class Reduce:
         )
 
 
-def weights_of(plan: RoundPlan) -> Weigh:
-    """The plan's weights, n_k examples."""
-    return lambda block: plan.weights[block.index]
+def weights_of(plan: RoundPlan, unit: float = 1.0) -> Weigh:
+    """The plan's weights, n_k examples, over a unit."""
+    return lambda block: plan.weights[block.index] / unit
 
 
 def uniform(block: ClientUpdates) -> np.ndarray:

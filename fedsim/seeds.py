@@ -44,6 +44,7 @@ class Purpose(enum.IntEnum):
     RANK = 6  # the rank of a client's adapter
     TOKEN = 7  # tokens of sampled continuations
     ATTACK = 8  # who attacks, and the noise that they send
+    CHANNEL = 9  # rounding of compressed updates
 
 
 def run_key(seed: int) -> int:

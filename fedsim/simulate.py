@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedsim import checkpoint as checkpoints
-from fedsim import evaluate, peft_io, seeds, strategies
+from fedsim import compress, evaluate, peft_io, rehearsal, seeds, strategies
 from fedsim.aggregation_error import Drift
 from fedsim.checkpoint import Checkpoint
 from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
-from fedsim.core import ClientUpdates, ServerState
+from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
 from fedsim.reduce import Reduce
+from fedsim.secure import Ring
 from fedsim.train import Trainer
 from fedsim.world import World, describe, load_world
 
@@ -32,12 +33,13 @@ def run(
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
     """
     meter = meter or Meter()
+    strategy = strategies.load(config.server.strategy, config.server.options)
+    wire = rehearsal.wire(config, strategy)
     folder = open_folder(config, resume=resume, fresh=fresh)
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
-    strategy = strategies.load(config.server.strategy, config.server.options)
-    reduce = Reduce(layout, config.adapter.scale(), key)
+    reduce = Reduce(layout, config.adapter.scale(), key, Ring.of(config.channel))
     trainer = Trainer(base, world.data.store, world.data.population, config, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
@@ -46,11 +48,7 @@ def run(
         server, scores = saved.server.to(base.device), saved.scores
         base.correction.apply(server.base)
     else:
-        folder.write_json("environment.json", describe(config, world))
-        server, scores = world.first(strategy, config.adapter), []
-        if config.evaluate.first:
-            scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
-        commit(folder, server, scores, memory.index())
+        server, scores = begin(config, world, strategy, folder, memory, meter)
 
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds = config.server.rounds
@@ -65,7 +63,8 @@ def run(
             seen: list[ClientUpdates] = []
             drift = Drift(layout, config.adapter.scale(), plan)
             trained = trainer.train(plan, rule, meter, memory)
-            updates = (keep(seen, drift.see(u)) for u in world.poisoned(trained, plan, rule))
+            coming = received(config, world, trained, plan, rule, memory)
+            updates = (keep(seen, drift.see(u)) for u in coming)
             try:
                 server = strategy.aggregate(server, plan, updates, reduce, memory)
             finally:  # where all clients failed, their losses are what a person looks for now
@@ -78,13 +77,26 @@ def run(
             scores += score(folder, who, world.tests, meter)
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
-        line = round_line(plan, rule, clients, layout, meter, sent)
+        line = round_line(plan, rule, clients, layout, meter, sent, wire)
         line |= lost(server, drift, rounding)
         folder.append("rounds.jsonl", [line])
         commit(folder, server, scores, kept)
         sent = line["total_mib"]
         meter.lines.append(line)
     return folder.path
+
+
+def begin(
+    config: Config, world: World, strategy: Strategy, folder: RunFolder, memory: DiskMemory,
+    meter: Meter,
+) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
+    """A fresh run's server and its scores, on disk."""
+    folder.write_json("environment.json", describe(config, world))
+    server, scores = world.first(strategy, config.adapter), []
+    if config.evaluate.first:
+        scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
+    commit(folder, server, scores, memory.index())
+    return server, scores
 
 
 def evaluated(config: Config, done: int) -> set[int]:
@@ -101,6 +113,17 @@ def lost(server: ServerState, drift: Drift, rounding: float) -> dict[str, float 
         "aggregation_error": drift.relative(), "base_rounding": rounding,
         "truncation": None if cut is None else float(cut),
     }  # fmt: skip
+
+
+def received(
+    config: Config, world: World, trained: Iterator[ClientUpdates], plan: RoundPlan,
+    rule: LocalRule, memory: ClientMemory,
+) -> Iterator[ClientUpdates]:  # fmt: skip
+    """What reaches the server: the updates, those of attackers replaced, then compressed."""
+    return compress.through(
+        config.channel, world.poisoned(trained, plan, rule), plan=plan, rule=rule,
+        layout=world.base.layout, memory=memory, key=world.key,
+    )  # fmt: skip
 
 
 def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:

@@ -31,7 +31,7 @@ class FedNova(FedAvg):
 
     def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
         """The mean step, as often as clients stepped in the mean."""
-        n = np.ones(len(plan)) if self.equal else plan.weights
+        n = np.ones(len(plan)) if self.equal else plan.weights / plan.weights.max()
         sums = reduce.sums(plan, updates, lambda block: n[block.index] / plan.steps[block.index])
         p = n[sums.ok] / n[sums.ok].sum()
         steps = float((p * plan.steps[sums.ok]).sum())
