@@ -11,7 +11,15 @@ arXiv:2004.00010.
 
 from __future__ import annotations
 
+from fedsim.config import Config
 from fedsim.errors import ConfigError
+
+
+def spent(config: Config, rounds: int) -> float:
+    """Epsilon of the first rounds of a run under privacy."""
+    p = config.privacy
+    assert p.noise is not None and p.delta is not None
+    return epsilon(q=config.server.fraction, noise=p.noise, rounds=rounds, delta=p.delta)
 
 
 def epsilon(*, q: float, noise: float, rounds: int, delta: float) -> float:
@@ -32,5 +40,5 @@ def epsilon(*, q: float, noise: float, rounds: int, delta: float) -> float:
             remedy="pip install 'fedsim-llm[privacy]'",
         ) from None
     event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(noise))
-    accountant = rdp.RdpAccountant(orders=[1 + x / 10 for x in range(1, 100)] + [*range(12, 256)])
+    accountant = rdp.RdpAccountant(orders=range(2, 256))
     return float(accountant.compose(event, rounds).get_epsilon(delta))

@@ -19,6 +19,7 @@ from fedsim.attackers import Attack
 from fedsim.channel import Channel
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
+from fedsim.privacy import Privacy
 from fedsim.section import Section
 
 PRESETS = Path(__file__).parent / "presets"
@@ -145,6 +146,7 @@ class Config(Section):
     server: Server = Server()
     attack: Attack = Attack()
     channel: Channel = Channel()
+    privacy: Privacy = Privacy()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
 
@@ -187,7 +189,11 @@ class Config(Section):
                 "run.protocol = flowertune"
             )
         channel = self.channel.misfit(self.per_round)
-        if misfit := self.clients.misfit() or self.attack.misfit() or channel:
+        private = self.privacy.misfit(
+            number=self.clients.number, fraction=self.server.fraction,
+            min_clients=self.server.min_clients, secure=self.channel.secure,
+        )  # fmt: skip
+        if misfit := self.clients.misfit() or self.attack.misfit() or channel or private:
             raise ValueError(misfit)
         return self
 
@@ -204,6 +210,16 @@ class Config(Section):
         """M: int(fraction N), at least min_clients and at most N, as Flower samples."""
         m = max(int(self.clients.number * self.server.fraction), self.server.min_clients)
         return min(m, self.clients.number)
+
+    @property
+    def expected_clients(self) -> float:
+        """q N, of a round under privacy."""
+        return self.server.fraction * self.clients.number
+
+    @property
+    def most_clients(self) -> int:
+        """Of a round: M, or under privacy everybody."""
+        return self.clients.number if self.privacy.on else self.per_round
 
 
 def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:

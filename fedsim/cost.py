@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedsim import domains, peft_io, rehearsal, seeds, strategies, weights
+from fedsim.accountant import spent
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import sources, tokens, training
@@ -75,6 +76,9 @@ class Estimate:
         sizes = [f"{transfer_mib(self.layout.numel(r)):,.1f}" for r in (ranks[0], ranks[-1])]
         yield "one transfer", " to ".join(dict.fromkeys(sizes)) + " MiB"
         yield "all transfers", f"{self.mib:,.0f} MiB"
+        if c.privacy.on:
+            epsilon = spent(c, c.server.rounds)
+            yield "privacy", f"epsilon {epsilon:.2f} at delta {c.privacy.delta:g}, of whole clients"
         yield "optimiser steps", f"{c.server.rounds * c.per_round * train.steps:,}"
         chunks = f" in chunks of {train.chunk_tokens}, products of {train.tile} rows"
         yield "mode", train.mode + (chunks if train.mode == "strict" else "")
@@ -112,7 +116,7 @@ def estimate(config: Config) -> Estimate:
     dtype, budget = compute_dtype(config, device), pass_budget(config, device)
     work = _work(config, data.store, data.population, budget) if data else None
     numbers = sum(p.numel() for p in model.parameters())
-    slots = min(config.train.slots, config.per_round)
+    slots = min(config.train.slots, config.most_clients)
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
     return Estimate(
@@ -129,7 +133,7 @@ def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float
     """
     key = seeds.run_key(config.run.seed)
     # Who they are matters only where their ranks differ; else no round draws from all N.
-    n = config.clients.number if config.adapter.ranks else config.per_round
+    n = config.most_clients if not config.adapter.ranks else config.clients.number
     population = Population(np.arange(n + 1), np.arange(n))
     server = strategy.start(torch.zeros(layout.size), layout)
     wire = rehearsal.wire(config, strategy)

@@ -101,12 +101,16 @@ class Display:
         for line in m.lines[self._printed :]:
             self._printed += 1
             seconds = line["seconds"]["train"]
+            loss = ""
+            if line["loss_first"] is not None:
+                loss = f"loss {line['loss_first']:.3f} → {line['loss_last']:.3f}  "
             text = (
-                f"round {line['round']:>3}  {line['clients']} clients  "
-                f"loss {line['loss_first']:.3f} → {line['loss_last']:.3f}  "
+                f"round {line['round']:>3}  {line['clients']} clients  {loss}"
                 f"{line['tokens'] / seconds:,.0f} tokens/s  "
                 f"{line['total_mib']:,.0f} MiB sent so far"
             )
+            if "epsilon" in line:
+                text += f"  epsilon {line['epsilon']:.2f}"
             failed = f"  [red]{line['failed']} failed[/red]" if line["failed"] else ""
             over = "  [red]over FlowerTune's budget[/red]" if line["over_budget"] else ""
             self._progress.console.print(text + failed + over, highlight=False, soft_wrap=True)

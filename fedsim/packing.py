@@ -104,7 +104,7 @@ def passes(
         steps[at, step] = cut(store, examples, train, share=share)
         return steps[at, step].load
 
-    slots = min(train.slots, config.per_round)
+    slots = min(train.slots, config.most_clients)
     for shift in schedule(plan.steps[lane].tolist(), load, slots, budget):
         yield shift, [(part, steps[part.client, part.step]) for part in shift.parts]
         for part in shift.parts:

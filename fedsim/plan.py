@@ -40,14 +40,21 @@ def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
 def sampled(
     config: Config, clients: int, round: int, key: int, pruned: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The clients of a round, without replacement, and their ranks: (M,) int64 each.
+    """The clients of a round and their ranks: (M,) int64 each.
+
+    So many are drawn without replacement; under privacy each takes part by itself, with the
+    probability `server.fraction`, so that a round may have any number of them.
 
     A client keeps its rank in all rounds, one of `adapter.ranks`, each as probable as it is
     frequent there, until a rule has lowered it: `pruned` (N,), 0 where none has. Clients are
     ordered by rank, up to the next power of two, then by number.
     """
-    order = seeds.permutation(key, seeds.Purpose.SAMPLING, clients, round=round)
-    ids = np.sort(order[: config.per_round]).astype(np.int64)
+    if config.privacy.on:
+        words = seeds.first_words(key, seeds.Purpose.SAMPLING, np.arange(clients), round)
+        ids = np.flatnonzero(words < int(config.server.fraction * 2**32)).astype(np.int64)
+    else:
+        order = seeds.permutation(key, seeds.Purpose.SAMPLING, clients, round=round)
+        ids = np.sort(order[: config.per_round]).astype(np.int64)
     ranks = np.array(config.adapter.ranks or [config.adapter.rank])
     words = seeds.first_words(key, seeds.Purpose.RANK, ids)
     rank = ranks[words * len(ranks) >> 32]
@@ -77,7 +84,8 @@ def plan_round(
     return RoundPlan(
         round=round,
         client_ids=ids,
-        weights=population.sizes[ids].astype(np.float64),
+        # A client that weighs more than others could change more than the clip.
+        weights=np.ones(m) if config.privacy.on else population.sizes[ids].astype(np.float64),
         rank=rank,
         scale=np.array([config.adapter.scale(int(r)) for r in rank]),
         steps=np.full(m, train.steps),

@@ -223,9 +223,9 @@ def round_line(
     total = before + down + up
     return {
         "round": plan.round, "clients": len(clients), "failed": len(clients) - len(ok),
-        "lr": float(plan.lr[0]), "tokens": sum(c["tokens"] for c in clients),
-        "loss_first": sum(c["loss_first"] for c in ok) / len(ok),
-        "loss_last": sum(c["loss_last"] for c in ok) / len(ok),
+        "lr": float(plan.lr[0]) if len(plan) else None, "tokens": sum(c["tokens"] for c in clients),
+        "loss_first": sum(c["loss_first"] for c in ok) / len(ok) if ok else None,
+        "loss_last": sum(c["loss_last"] for c in ok) / len(ok) if ok else None,
         "down_mib": down, "up_mib": up, "total_mib": total,
         "over_budget": total > FLOWERTUNE_BUDGET_MIB,
         "passes": meter.passes, "utilisation": meter.utilisation,

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 import fedsim_kernels.reduce  # noqa: F401  registers the operation
+from fedsim import release as privately
+from fedsim import secure
 from fedsim.adapters import initial_row
 from fedsim.batch import on_device
 from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 from fedsim.errors import RunError
 from fedsim.factors import Product, Products
-from fedsim.secure import Ring, refuse, summed
+from fedsim.release import Release
+from fedsim.secure import Ring, summed
 
 Weigh = Callable[[ClientUpdates], np.ndarray]
 
@@ -52,13 +55,16 @@ class Reduce:
         layout: of the rows.
         scale: s of the server's adapter, whose part in a module's weight is s B A.
         ring: of secure aggregation: sums are all that can be asked for. None: there is none.
+        release: of differential privacy: one sum is all that can be asked for.
         vectors: ways of weighing that were summed last.
     """
 
     def __init__(
-        self, layout: AdapterLayout, scale: float, key: int, ring: Ring | None = None
-    ) -> None:
-        self.layout, self.scale, self._key, self.ring = layout, scale, key, ring
+        self, layout: AdapterLayout, scale: float, key: int, ring: Ring | None = None,
+        release: Release | None = None,
+    ) -> None:  # fmt: skip
+        self.layout, self.scale, self._key = layout, scale, key
+        self.ring, self.release = ring, release
         self.vectors = 0
 
     def fresh(self, round: int) -> Tensor:
@@ -96,6 +102,9 @@ class Reduce:
                 is beyond its range, or fewer returned than its threshold.
         """
         self.vectors = len(weigh)
+        if self.release:
+            total, expected = self.release.sum(plan, updates, weigh, of)
+            return Sums((total,), (expected,), np.ones(len(plan), dtype=bool))
         if self.ring:
             sums = Sums(*summed(self.ring, plan, updates, weigh, of))
             if any(w == 0 for w in sums.weights):
@@ -132,8 +141,7 @@ class Reduce:
             RunError: no client returned a finite update.
             ConfigError: only sums can be asked for.
         """
-        if self.ring:
-            raise refuse("products B A")
+        self._only_sums("products B A")
         weigh, products = weigh or weights_of(plan), Products(self.layout)
 
         def seen() -> Iterator[ClientUpdates]:
@@ -147,6 +155,13 @@ class Reduce:
         sums = self.sums(plan, seen(), weigh)
         return sums.totals[0] / sums.weights[0], products.over(sums.weights[0])
 
+    def _only_sums(self, what: str) -> None:
+        """Raises ConfigError where single clients must not be looked at."""
+        if self.release:
+            raise privately.refuse(f"{what} of single clients")
+        if self.ring:
+            raise secure.refuse(what)
+
     def rows(self, plan: RoundPlan, updates: Iterator[ClientUpdates]) -> Rows:
         """Every update, for rules that need all of them: memory O(M P).
 
@@ -154,8 +169,7 @@ class Reduce:
             RunError: no client returned a finite update.
             ConfigError: only sums can be asked for.
         """
-        if self.ring:
-            raise refuse("updates")
+        self._only_sums("updates")
         index, rows, deltas = [], [], []
         for block in updates:
             for i in np.flatnonzero(block.ok):

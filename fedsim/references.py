@@ -13,10 +13,11 @@ from fedsim.channel import Channel
 from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.evaluate.suite import Suite
+from fedsim.privacy import Privacy
 from fedsim.tasks import chance, majority
 
 NAMES = ("central", "local")
-PLAIN = Channel().model_dump()  # nothing is sent
+PLAIN = {"channel": Channel().model_dump(), "privacy": Privacy().model_dump()}  # nothing is sent
 
 
 def reference(config: Config, name: str) -> Config:
@@ -44,7 +45,7 @@ def centralised(config: Config) -> Config:
         config,
         clients={"number": 1, "partition": "iid"},
         server={"fraction": 1.0, "min_clients": 1, "strategy": "fedavg"},
-        channel=PLAIN,
+        **PLAIN,
         train={"steps": config.train.steps * config.per_round},
     )
 
@@ -61,7 +62,7 @@ def local(config: Config) -> Config:
     return _with(
         config,
         server={"rounds": 1, "strategy": "local"},
-        channel=PLAIN,
+        **PLAIN,
         train={"steps": max(1, math.ceil(steps)), "lr_max": lr, "lr_min": lr},
     )
 

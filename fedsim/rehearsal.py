@@ -14,9 +14,18 @@ from torch import Tensor
 
 from fedsim.channel import Wire
 from fedsim.config import Config
-from fedsim.core import KINDS, AdapterLayout, ClientUpdates, RoundPlan, Strategy
+from fedsim.core import (
+    KINDS,
+    AdapterLayout,
+    ClientUpdates,
+    LocalRule,
+    RoundPlan,
+    ServerState,
+    Strategy,
+)
 from fedsim.errors import ConfigError, RunError
 from fedsim.reduce import Reduce
+from fedsim.release import Release, refuse
 from fedsim.secure import Ring
 
 LAYOUT = AdapterLayout.build({"q": (4, 4)}, 2, dora=True)
@@ -38,23 +47,28 @@ def wire(config: Config, strategy: Strategy) -> Wire:
     """What updates take on the way in a run.
 
     Raises:
-        ConfigError: the rule and the channel do not go together.
+        ConfigError: the rule does not go with the channel or with the privacy that is asked for.
     """
-    ring = Ring.of(config.channel)
-    if ring is None:
+    ring, release = Ring.of(config.channel), None
+    if config.privacy.on:
+        nobody, expected = ServerState(0, torch.zeros(1)), config.expected_clients
+        release = Release.of(config.privacy, nobody, expected, LAYOUT.mask(KINDS), 0)
+    if ring is None and release is None:
         return Wire(config.channel)
-    reduce = Reduce(LAYOUT, config.adapter.scale(), 0, ring)
-    rehearse(strategy, reduce)
+    reduce = Reduce(LAYOUT, config.adapter.scale(), 0, ring, release)
+    local = rehearse(strategy, reduce)
     if not reduce.vectors:
         raise ConfigError(
-            f"channel.secure: server.strategy = {config.server.strategy} sums no updates",
-            expected="a rule that combines clients", remedy="Set channel.secure = false.",
+            f"channel.secure, privacy.level: server.strategy = {config.server.strategy} sums no "
+            "updates", expected="a rule that combines clients", remedy="Leave both out.",
         )  # fmt: skip
+    if release and local.more_up:
+        raise refuse("numbers that clients send besides their update")
     return Wire(config.channel, reduce.vectors)
 
 
-def rehearse(strategy: Strategy, reduce: Reduce) -> None:
-    """Aggregate two updates of 0.
+def rehearse(strategy: Strategy, reduce: Reduce) -> LocalRule:
+    """Aggregate two updates of 0; returns how their clients would train.
 
     Args:
         reduce: over `LAYOUT`, as strict as the run's.
@@ -62,20 +76,18 @@ def rehearse(strategy: Strategy, reduce: Reduce) -> None:
     Raises:
         ConfigError: the rule asks for what the reduce does not give.
     """
-    m = 2
+    m = 2  # steps and losses that are not 1: weights by them show
     plan = RoundPlan(
         1, np.arange(m), np.ones(m), np.full(m, LAYOUT.rank), np.full(m, reduce.scale),
-        np.ones(m, dtype=np.int64), np.ones(m), np.zeros(m, dtype=np.int64), (np.arange(m),), m,
+        np.full(m, 2), np.ones(m), np.zeros(m, dtype=np.int64), (np.arange(m),), m,
     )  # fmt: skip
-    row = torch.where(
-        LAYOUT.mask(KINDS), 0.5, 0.0
-    )  # with A, B or weights of 0 rules may divide by 0
+    # With A, B or weights of 0 rules may divide by 0.
+    row = torch.where(LAYOUT.mask(KINDS), 0.5, 0.0)
     updates = ClientUpdates(
-        np.arange(m), row.expand(m, -1), row, np.ones(m, dtype=np.int64), np.ones(m), np.ones(m),
-        np.ones(m, dtype=bool), 0.0,
+        np.arange(m), row.expand(m, -1), row, np.ones(m, dtype=np.int64), np.full(m, 2.0),
+        np.ones(m), np.ones(m, dtype=bool), 0.0,
     )  # fmt: skip
-    # What else fails is of these updates, or of a round this small: `rule` is not asked.
-    with suppress(RunError):
-        strategy.aggregate(
-            strategy.start(row, LAYOUT), plan, iter([updates]), reduce, _Forgetful()
-        )  # fmt: skip
+    server = strategy.start(row, LAYOUT)
+    with suppress(RunError):  # what else fails is of a round this small
+        strategy.aggregate(server, plan, iter([updates]), reduce, _Forgetful())
+    return strategy.rule(server, plan)

@@ -22,7 +22,7 @@ Papers: McMahan et al., arXiv:1710.06963; Andrew et al., arXiv:1905.03871, algor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from fedsim.core import ClientUpdates, RoundPlan, ServerState
 from fedsim.errors import ConfigError
 from fedsim.privacy import Privacy
 
+Weigh = Callable[[ClientUpdates], np.ndarray]
 KEPT = "privacy.clip"  # in the server's memory, beside the rule's own
 
 
@@ -53,8 +54,8 @@ class Release:
         self._z, self._count_noise = privacy.noise, expected / 20
         if privacy.adaptive:
             self._z = (self._z**-2 - (2 * self._count_noise) ** -2) ** -0.5
-        self._whole = 0  # clients that were not clipped
-        self._round, self._used = 0, False
+        self._clients = self._whole = 0  # that came, and that were not clipped
+        self._used = False
 
     @classmethod
     def of(
@@ -72,7 +73,7 @@ class Release:
         return self._clip
 
     def sum(
-        self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: tuple[object, ...], of: str
+        self, plan: RoundPlan, updates: Iterator[ClientUpdates], weigh: tuple[Weigh, ...], of: str
     ) -> tuple[Tensor, float]:
         """The noised sum (P,) fp64, and the q N that it is to be divided by.
 
@@ -81,10 +82,10 @@ class Release:
         """
         if self._used or len(weigh) != 1 or of != "delta":
             raise refuse("more than the sum of updates")
-        self._used, self._round = True, plan.round
+        self._used = True
         total = torch.zeros(len(self._travels), dtype=torch.float64, device=self._travels.device)
         for block in updates:
-            if not (weigh[0](block)[block.ok] == 1).all():  # type: ignore[operator]
+            if not (weigh[0](block)[block.ok] == 1).all():
                 raise refuse("updates weighed by clients")
             for i in np.flatnonzero(block.ok):
                 total += self._clipped(block.delta[i].double())
@@ -96,8 +97,8 @@ class Release:
         """d min(1, C / ||d||), of what travels; 0 stays 0."""
         sent = torch.where(self._travels, delta, 0)
         norm = float(sent.norm())
+        self._clients += 1
         self._whole += norm <= self._clip
-        self._clients = getattr(self, "_clients", 0) + 1
         return sent if norm <= self._clip else sent * (self._clip / norm)
 
     def after(self, server: ServerState) -> ServerState:
@@ -119,5 +120,5 @@ def refuse(what: str) -> ConfigError:
     return ConfigError(
         f"privacy.level: the rule needs {what}, which no noise hides",
         expected="one that moves by the plain mean, such as fedavg, fedadam or ffa_lora",
-        remedy="Choose another server.strategy, or privacy.level = \"none\".",
+        remedy='Choose another server.strategy, or privacy.level = "none".',
     )

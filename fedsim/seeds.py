@@ -45,6 +45,7 @@ class Purpose(enum.IntEnum):
     TOKEN = 7  # tokens of sampled continuations
     ATTACK = 8  # who attacks, and the noise that they send
     CHANNEL = 9  # rounding of compressed updates
+    NOISE = 10  # of differential privacy
 
 
 def run_key(seed: int) -> int:
@@ -78,11 +79,11 @@ def words(
     return torch.stack(philox(key, c0, c1, c2, c3), dim=-1).reshape(-1)[:count]
 
 
-def first_words(key: int, purpose: Purpose, clients: np.ndarray) -> np.ndarray:
-    """The first word of each client's stream: (M,) int64 in [0, 2^32)."""
+def first_words(key: int, purpose: Purpose, clients: np.ndarray, round: int = 0) -> np.ndarray:
+    """The first word of each client's stream in a round: (M,) int64 in [0, 2^32)."""
     zero = torch.zeros(len(clients), dtype=torch.int64)
     c3 = torch.as_tensor(clients) | int(purpose) << 28
-    out: np.ndarray = philox(key, zero, zero, zero, c3)[0].numpy()
+    out: np.ndarray = philox(key, zero, zero, zero | round << 16, c3)[0].numpy()
     return out
 
 

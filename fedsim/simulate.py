@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsim import checkpoint as checkpoints
 from fedsim import compress, evaluate, peft_io, rehearsal, seeds, strategies
+from fedsim.accountant import spent
 from fedsim.aggregation_error import Drift
 from fedsim.checkpoint import Checkpoint
 from fedsim.client_memory import DiskMemory
@@ -19,6 +20,7 @@ from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
 from fedsim.reduce import Reduce
+from fedsim.release import Release
 from fedsim.secure import Ring
 from fedsim.train import Trainer
 from fedsim.world import World, describe, load_world
@@ -39,7 +41,6 @@ def run(
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
-    reduce = Reduce(layout, config.adapter.scale(), key, Ring.of(config.channel))
     trainer = Trainer(base, world.data.store, world.data.population, config, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
@@ -65,11 +66,13 @@ def run(
             trained = trainer.train(plan, rule, meter, memory)
             coming = received(config, world, trained, plan, rule, memory)
             updates = (keep(seen, drift.see(u)) for u in coming)
+            reduce = combining(config, world, server, rule)
             try:
                 server = strategy.aggregate(server, plan, updates, reduce, memory)
             finally:  # where all clients failed, their losses are what a person looks for now
                 clients = client_lines(plan, seen)
                 folder.append("clients.jsonl", clients)
+            server = reduce.release.after(server) if reduce.release else server
             rounding = base.correction.apply(server.base)
         kept = memory.index()
         if round in due:
@@ -78,7 +81,7 @@ def run(
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
         line = round_line(plan, rule, clients, layout, meter, sent, wire)
-        line |= lost(server, drift, rounding)
+        line |= lost(server, drift, rounding) | betrayed(config, reduce, round)
         folder.append("rounds.jsonl", [line])
         commit(folder, server, scores, kept)
         sent = line["total_mib"]
@@ -113,6 +116,22 @@ def lost(server: ServerState, drift: Drift, rounding: float) -> dict[str, float 
         "aggregation_error": drift.relative(), "base_rounding": rounding,
         "truncation": None if cut is None else float(cut),
     }  # fmt: skip
+
+
+def combining(config: Config, world: World, server: ServerState, rule: LocalRule) -> Reduce:
+    """How the server of a round may look at updates."""
+    layout, key, release = world.base.layout, world.key, None
+    if config.privacy.on:
+        travels = layout.mask(rule.up)
+        release = Release.of(config.privacy, server, config.expected_clients, travels, key)
+    return Reduce(layout, config.adapter.scale(), key, Ring.of(config.channel), release)
+
+
+def betrayed(config: Config, reduce: Reduce, rounds: int) -> dict[str, float]:
+    """Epsilon of all rounds so far and the clip of the last, under privacy."""
+    if reduce.release is None:
+        return {}
+    return {"epsilon": spent(config, rounds), "clip": reduce.release.clip}
 
 
 def received(

@@ -38,7 +38,7 @@ class Trainer:
         self.base, self.store, self.population = base, store, population
         self.config, self.key = config, key
         self.budget = pass_budget(config, base.device)
-        slots = min(config.train.slots, config.per_round)
+        slots = min(config.train.slots, config.most_clients)
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
         self.run = runner(self.backward, self.bank.grads, config, base)
 

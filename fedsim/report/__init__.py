@@ -90,11 +90,11 @@ def plots(folder: Path) -> dict[str, str]:
     rounds = RunFolder(folder).read("rounds.jsonl")
     scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
     out = {}
-    if rounds:
+    if trained := [r for r in rounds if r["loss_first"] is not None]:
         out["loss"] = curve(
-            [r["round"] for r in rounds],
-            {"first step": [r["loss_first"] for r in rounds],
-             "last step": [r["loss_last"] for r in rounds]},
+            [r["round"] for r in trained],
+            {"first step": [r["loss_first"] for r in trained],
+             "last step": [r["loss_last"] for r in trained]},
             "clients' mean loss",
         )  # fmt: skip
     if scores:
