@@ -34,6 +34,8 @@ clients.classes clients.shards clients.skew
 server.strategy server.options server.rounds server.fraction server.min_clients
 server.export_every
 attack.kind attack.fraction attack.options
+channel.compression channel.block channel.keep channel.feedback channel.secure
+channel.threshold channel.bits channel.range
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.graphs
@@ -60,6 +62,9 @@ REFUSED: dict[str, list[Any]] = {
     "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
     "server.min_clients": [0], "server.export_every": [0],
     "attack.kind": ["flip", 1], "attack.fraction": [-0.1, 1.1], "attack.options": [1, "factor"],
+    "channel.compression": ["gzip", 8], "channel.block": [0, 256.0], "channel.keep": [0.0, 1.1],
+    "channel.feedback": [1, "yes"], "channel.secure": [1, "yes"],
+    "channel.threshold": [0.5, 1.1], "channel.bits": [15, 49, 32.0], "channel.range": [0.0, "1"],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
@@ -70,7 +75,8 @@ REFUSED: dict[str, list[Any]] = {
     "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
     "evaluate.clients": [0, 1.0],
 }  # fmt: skip
-NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
+NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps",
+              "channel.range")  # fmt: skip
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def test_clipping_can_be_switched_off() -> None:
         (
             {"zzz": 1},
             "zzz",
-            "Known: adapter, attack, clients, data, evaluate, model, run, server, train.",
+            "Known: adapter, attack, channel, clients, data, evaluate, model, run, server, train.",
         ),
     ],
 )
@@ -209,6 +215,9 @@ def test_resolved_is_read_back_as_it_was(tmp_path: Path, path: Path | None) -> N
     written = {f"{s}.{k}" for s, table in tomllib.loads(file.read_text()).items() for k in table}
     optional = {"model.revision", "data.dir", "data.train", "data.limit", "evaluate.limit"}
     optional |= {f"clients.{k}" for k in ("by", "clusters", "alpha", "classes", "shards", "skew")}
+    optional |= {
+        f"channel.{k}" for k in ("block", "keep", "feedback", "threshold", "bits", "range")
+    }
     assert set(KEYS) - optional <= written <= set(KEYS)
 
 
