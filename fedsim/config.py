@@ -7,13 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fedsim.attackers import Attack
 from fedsim.channel import Channel
@@ -190,9 +184,8 @@ class Config(Section):
             )
         channel = self.channel.misfit(self.per_round)
         private = self.privacy.misfit(
-            number=self.clients.number, fraction=self.server.fraction,
-            min_clients=self.server.min_clients, secure=self.channel.secure,
-        )  # fmt: skip
+            self.clients.number, self.expected_clients, self.server.min_clients, self.channel.secure
+        )
         if misfit := self.clients.misfit() or self.attack.misfit() or channel or private:
             raise ValueError(misfit)
         return self

@@ -10,6 +10,7 @@ import torch
 
 from fedsim import domains, peft_io, rehearsal, seeds, strategies, weights
 from fedsim.accountant import spent
+from fedsim.channel import Wire
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import sources, tokens, training
@@ -19,7 +20,7 @@ from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype
 from fedsim.packing import pack, passes
 from fedsim.plan import pass_budget, plan_round, step_examples
-from fedsim.record import MIB, Meter, traffic, transfer_mib
+from fedsim.record import MIB, PLAIN, Meter, traffic, transfer_mib
 
 # fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
 _BYTES_PER_SLOT_NUMBER = 32
@@ -42,6 +43,7 @@ class Estimate:
     config: Config
     base_numbers: int
     layout: AdapterLayout
+    wire: Wire
     mib: float  # sent in the whole run, both directions
     budget: int  # packed tokens of one pass
     work: Work | None  # None where the data or the tokenizer are not here
@@ -73,8 +75,12 @@ class Estimate:
                 f"{c.server.rounds * c.per_round} visits"
             ),
         )
-        sizes = [f"{transfer_mib(self.layout.numel(r)):,.1f}" for r in (ranks[0], ranks[-1])]
+        numbers = [self.layout.numel(r) for r in (ranks[0], ranks[-1])]
+        sizes = [f"{transfer_mib(n):,.1f}" for n in numbers]
         yield "one transfer", " to ".join(dict.fromkeys(sizes)) + " MiB"
+        if self.wire != PLAIN:
+            sizes = [f"{self.wire.up(n, c.per_round) / MIB:,.1f}" for n in numbers]
+            yield "one upload", " to ".join(dict.fromkeys(sizes)) + " MiB"
         yield "all transfers", f"{self.mib:,.0f} MiB"
         if c.privacy.on:
             epsilon = spent(c, c.server.rounds)
@@ -102,6 +108,7 @@ def estimate(config: Config) -> Estimate:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     strategy = strategies.load(config.server.strategy, config.server.options)
+    wire = rehearsal.wire(config, strategy)
     found = weights.find(config.model.name, config.model.revision)
     hf = AutoConfig.from_pretrained(found.path)
     check_config(hf, config.data.max_length)
@@ -120,13 +127,15 @@ def estimate(config: Config) -> Estimate:
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
     return Estimate(
-        config, numbers, layout, _traffic(config, layout, strategy), budget, work,
+        config, numbers, layout, wire, _traffic(config, layout, strategy, wire), budget, work,
         (numbers * dtype.itemsize + slots * layout.size * _BYTES_PER_SLOT_NUMBER) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
     )  # fmt: skip
 
 
-def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float:
+def _traffic(
+    config: Config, layout: AdapterLayout, strategy: Strategy, wire: Wire
+) -> float:  # fmt: skip
     """MiB of the whole run: what the rule sends each client of its rank, and back.
 
     Exact where what a rule sends does not depend on the rounds before.
@@ -136,7 +145,6 @@ def _traffic(config: Config, layout: AdapterLayout, strategy: Strategy) -> float
     n = config.most_clients if not config.adapter.ranks else config.clients.number
     population = Population(np.arange(n + 1), np.arange(n))
     server = strategy.start(torch.zeros(layout.size), layout)
-    wire = rehearsal.wire(config, strategy)
     total = 0.0
     for round in range(1, config.server.rounds + 1):
         plan = plan_round(config, population, round, key)

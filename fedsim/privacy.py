@@ -47,11 +47,11 @@ class Privacy(Section):
     def on(self) -> bool:
         return self.level != "none"
 
-    def misfit(self, *, number: int, fraction: float, min_clients: int, secure: bool) -> str:
+    def misfit(self, number: int, expected: float, min_clients: int, secure: bool) -> str:
         """What does not go together, in the words of an error; or "".
 
         Args:
-            number, fraction, min_clients: of clients. secure: secure aggregation.
+            number, expected: N and q N clients. min_clients: of a round. secure: aggregation.
         """
         if not self.on:
             given = [k for k in ("noise", "clip", *DEFAULTS) if getattr(self, k) is not None]
@@ -78,10 +78,10 @@ class Privacy(Section):
                 "channel.secure: got true; expected false with privacy.level = client: what fixed "
                 "point rounds is not in the sensitivity, and the server adds the noise"
             )
-        if self.adaptive and self.noise >= 0.1 * fraction * number:
+        if self.adaptive and self.noise >= expected / 10:
             return (
                 f"privacy.adaptive: got true with privacy.noise = {self.noise}; expected a noise "
-                f"below {0.1 * fraction * number:.3g}, twice the noise of counting who was "
+                f"below {expected / 10:.3g}, twice the noise of counting who was "
                 "clipped (server.fraction clients.number / 20), or nothing is left for the update"
             )
         return ""

@@ -15,7 +15,7 @@ from fedsim import release as privately
 from fedsim import secure
 from fedsim.adapters import initial_row
 from fedsim.batch import on_device
-from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
+from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan, ServerState
 from fedsim.errors import RunError
 from fedsim.factors import Product, Products
 from fedsim.release import Release
@@ -154,6 +154,10 @@ class Reduce:
 
         sums = self.sums(plan, seen(), weigh)
         return sums.totals[0] / sums.weights[0], products.over(sums.weights[0])
+
+    def after(self, server: ServerState) -> ServerState:
+        """The server behind its round, with what the next round's privacy needs to know."""
+        return self.release.after(server) if self.release else server
 
     def _only_sums(self, what: str) -> None:
         """Raises ConfigError where single clients must not be looked at."""

@@ -59,8 +59,9 @@ def wire(config: Config, strategy: Strategy) -> Wire:
     local = rehearse(strategy, reduce)
     if not reduce.vectors:
         raise ConfigError(
-            f"channel.secure, privacy.level: server.strategy = {config.server.strategy} sums no "
-            "updates", expected="a rule that combines clients", remedy="Leave both out.",
+            f"{'channel.secure' if ring else 'privacy.level'}: server.strategy = "
+            f"{config.server.strategy} sums no updates", expected="a rule that combines clients",
+            remedy="Leave it out.",
         )  # fmt: skip
     if release and local.more_up:
         raise refuse("numbers that clients send besides their update")

@@ -64,15 +64,14 @@ def run(
             seen: list[ClientUpdates] = []
             drift = Drift(layout, config.adapter.scale(), plan)
             trained = trainer.train(plan, rule, meter, memory)
-            coming = received(config, world, trained, plan, rule, memory)
-            updates = (keep(seen, drift.see(u)) for u in coming)
+            updates = (keep(seen, drift.see(u))
+                       for u in received(config, world, trained, plan, rule, memory))  # fmt: skip
             reduce = combining(config, world, server, rule)
             try:
-                server = strategy.aggregate(server, plan, updates, reduce, memory)
+                server = reduce.after(strategy.aggregate(server, plan, updates, reduce, memory))
             finally:  # where all clients failed, their losses are what a person looks for now
                 clients = client_lines(plan, seen)
                 folder.append("clients.jsonl", clients)
-            server = reduce.release.after(server) if reduce.release else server
             rounding = base.correction.apply(server.base)
         kept = memory.index()
         if round in due:

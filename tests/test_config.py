@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 from pydantic import ValidationError
 
-from fedsim import cli, domains, strategies
+from fedsim import cli, domains, privacy, strategies
 from fedsim.config import KEYS, PRESETS, Config, build, override, preset, read_toml, resolved
 from fedsim.errors import ConfigError, DataError, FedSimError, nearest
 
@@ -34,6 +34,10 @@ clients.classes clients.shards clients.skew
 server.strategy server.options server.rounds server.fraction server.min_clients
 server.export_every
 attack.kind attack.fraction attack.options
+channel.compression channel.block channel.keep channel.feedback channel.secure
+channel.threshold channel.bits channel.range
+privacy.level privacy.noise privacy.clip privacy.adaptive privacy.quantile privacy.clip_rate
+privacy.delta
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.graphs
@@ -60,6 +64,12 @@ REFUSED: dict[str, list[Any]] = {
     "server.rounds": [0, 1 << 16], "server.fraction": [0.0, 1.1, -0.1],
     "server.min_clients": [0], "server.export_every": [0],
     "attack.kind": ["flip", 1], "attack.fraction": [-0.1, 1.1], "attack.options": [1, "factor"],
+    "channel.compression": ["gzip", 8], "channel.block": [0, 256.0], "channel.keep": [0.0, 1.1],
+    "channel.feedback": [1, "yes"], "channel.secure": [1, "yes"],
+    "channel.threshold": [0.5, 1.1], "channel.bits": [15, 49, 32.0], "channel.range": [0.0, "1"],
+    "privacy.level": ["example", 1], "privacy.noise": [0.0, "1"], "privacy.clip": [0.0, -1.0],
+    "privacy.adaptive": [1, "yes"], "privacy.quantile": [0.0, 1.0], "privacy.clip_rate": [0.0],
+    "privacy.delta": [0.0, 1.0],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
@@ -70,7 +80,8 @@ REFUSED: dict[str, list[Any]] = {
     "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
     "evaluate.clients": [0, 1.0],
 }  # fmt: skip
-NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps")
+NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps",
+              "channel.range", "privacy.noise", "privacy.clip", "privacy.clip_rate")  # fmt: skip
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -115,7 +126,8 @@ def test_clipping_can_be_switched_off() -> None:
         (
             {"zzz": 1},
             "zzz",
-            "Known: adapter, attack, clients, data, evaluate, model, run, server, train.",
+            "Known: adapter, attack, channel, clients, data, evaluate, model, privacy, run, "
+            "server, train.",
         ),
     ],
 )
@@ -209,6 +221,10 @@ def test_resolved_is_read_back_as_it_was(tmp_path: Path, path: Path | None) -> N
     written = {f"{s}.{k}" for s, table in tomllib.loads(file.read_text()).items() for k in table}
     optional = {"model.revision", "data.dir", "data.train", "data.limit", "evaluate.limit"}
     optional |= {f"clients.{k}" for k in ("by", "clusters", "alpha", "classes", "shards", "skew")}
+    optional |= {
+        f"channel.{k}" for k in ("block", "keep", "feedback", "threshold", "bits", "range")
+    }
+    optional |= {f"privacy.{k}" for k in ("noise", "clip", *privacy.DEFAULTS)}
     assert set(KEYS) - optional <= written <= set(KEYS)
 
 
