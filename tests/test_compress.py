@@ -160,7 +160,7 @@ def test_only_what_travels_changes(channel: dict[str, Any]) -> None:
 def test_nothing_is_lost_with_feedback(channel: dict[str, Any]) -> None:
     """sum of sent + residual = sum of updates, in each number; a failed client keeps its own."""
     made, memory, start = Channel(**{"feedback": True, **channel}), Kept(), random_rows(1, 1)[0]
-    sent, learnt, biggest = torch.zeros(4, LAYOUT.size).double(), 0.0, 0.0
+    sent, learnt, biggest = *torch.zeros(2, 4, LAYOUT.size).double(), 0.0
     for round in range(1, 7):
         rows = start + random_rows(10 + round, 4)
         ok, before = [True, round != 3, True, True], memory.read("residual", 1)
