@@ -116,7 +116,8 @@ def run(
     c = config
     out.print(
         f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "
-        f"{c.server.strategy} · {c.server.rounds} rounds · {c.per_round} of {c.clients.number} "
+        f"{c.server.strategy} · {c.server.rounds} rounds · "
+        f"{'about ' if c.privacy.on else ''}{c.per_round} of {c.clients.number} "
         "clients each",
         soft_wrap=True,
     )

@@ -65,14 +65,15 @@ class Estimate:
         c, train = self.config, self.config.train
         share = self.adapter_numbers / self.base_numbers
         ranks = sorted(set(c.adapter.ranks or [c.adapter.rank]))
+        about = "about " if c.privacy.on else ""  # a round may have any number of clients
         yield "base", f"{self.base_numbers:,} parameters"
         yield "adapter", f"{self.adapter_numbers:,} parameters ({share:.2%} of the base)"
         yield "ranks", ", ".join(map(str, ranks)) + (", by client" if ranks[1:] else "")
         yield (
             "clients",
             (
-                f"{c.per_round} of {c.clients.number} a round, {c.server.rounds} rounds, "
-                f"{c.server.rounds * c.per_round} visits"
+                f"{about}{c.per_round} of {c.clients.number} a round, {c.server.rounds} rounds, "
+                f"{about}{c.server.rounds * c.per_round} visits"
             ),
         )
         numbers = [self.layout.numel(r) for r in (ranks[0], ranks[-1])]
@@ -85,7 +86,7 @@ class Estimate:
         if c.privacy.on:
             epsilon = spent(c, c.server.rounds)
             yield "privacy", f"epsilon {epsilon:.2f} at delta {c.privacy.delta:g}, of whole clients"
-        yield "optimiser steps", f"{c.server.rounds * c.per_round * train.steps:,}"
+        yield "optimiser steps", f"{about}{c.server.rounds * c.per_round * train.steps:,}"
         chunks = f" in chunks of {train.chunk_tokens}, products of {train.tile} rows"
         yield "mode", train.mode + (chunks if train.mode == "strict" else "")
         yield "passes", f"at most {self.budget:,} tokens of {train.slots} clients"

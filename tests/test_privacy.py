@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim import rehearsal, seeds, simulate, strategies
+from fedsim import cost, rehearsal, seeds, simulate, strategies
 from fedsim.accountant import epsilon
 from fedsim.checkpoint import load_checkpoint
 from fedsim.config import Config, build
@@ -257,6 +257,14 @@ def test_rules_that_look_at_clients_are_refused(settings: Callable[..., Config],
         rehearsal.wire(config, strategy)
     with pytest.raises(ConfigError, match=r"privacy\.level"):
         simulate.run(config)
+
+
+def test_the_plan_says_what_a_run_betrays(settings: Callable[..., Config]) -> None:
+    lines = dict(cost.estimate(private(settings)).lines())
+    want = epsilon(q=0.5, noise=0.5, rounds=3, delta=1e-3)
+    assert lines["privacy"].startswith(f"epsilon {want:.2f} at delta 0.001")
+    assert lines["clients"].startswith("about 4 of 8")
+    assert "privacy" not in dict(cost.estimate(settings()).lines())
 
 
 def test_one_look_a_round() -> None:
