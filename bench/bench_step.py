@@ -69,7 +69,7 @@ class Step:
             self.trainer.bank.load(slot, initial_row(self.base.layout, KEY))
         self.tokens = sum(shift.rows for shift, _ in self.work)
         self.labels = np.array([  # of each slot
-            sum(1 / step.weight for _, parts in self.work for part, step in parts
+            sum(1 / step.weights[0] for _, parts in self.work for part, step in parts
                 if part.slot == slot and part.completes) for slot in range(clients)
         ])  # fmt: skip
 

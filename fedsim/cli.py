@@ -117,7 +117,7 @@ def run(
     out.print(
         f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "
         f"{c.server.strategy} · {c.server.rounds} rounds · "
-        f"{'about ' if c.privacy.on else ''}{c.per_round} of {c.clients.number} "
+        f"{'about ' if c.privacy.of_clients else ''}{c.per_round} of {c.clients.number} "
         "clients each",
         soft_wrap=True,
     )

@@ -92,7 +92,7 @@ class Train(Section):
     lr_max: float = Field(5e-5, gt=0)
     lr_min: float = Field(1e-6, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: no clipping")
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf, or DP-SGD: none")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -183,9 +183,7 @@ class Config(Section):
                 "run.protocol = flowertune"
             )
         channel = self.channel.misfit(self.per_round)
-        private = self.privacy.misfit(
-            self.clients.number, self.expected_clients, self.server.min_clients, self.channel.secure
-        )
+        private = self.privacy.misfit(self)
         if misfit := self.clients.misfit() or self.attack.misfit() or channel or private:
             raise ValueError(misfit)
         return self
@@ -206,13 +204,13 @@ class Config(Section):
 
     @property
     def expected_clients(self) -> float:
-        """q N, of a round under privacy."""
+        """q N, of a round under privacy of clients."""
         return self.server.fraction * self.clients.number
 
     @property
     def most_clients(self) -> int:
-        """Of a round: M, or under privacy everybody."""
-        return self.clients.number if self.privacy.on else self.per_round
+        """Of a round: M, or under privacy of clients everybody."""
+        return self.clients.number if self.privacy.of_clients else self.per_round
 
 
 def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedsim import domains, peft_io, rehearsal, seeds, strategies, weights
-from fedsim.accountant import spent
+from fedsim.accountant import Ledger
 from fedsim.channel import Wire
 from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
@@ -18,7 +18,7 @@ from fedsim.display import over_budget
 from fedsim.linears import target_linears
 from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype
-from fedsim.packing import pack, passes
+from fedsim.packing import filled, pack, passes
 from fedsim.plan import pass_budget, plan_round, step_examples
 from fedsim.record import MIB, PLAIN, Meter, traffic, transfer_mib
 
@@ -50,6 +50,7 @@ class Estimate:
     state_mib: float  # base and slots
     activation_mib: float  # of the longest pass
     recompute: bool
+    epsilon: float | None  # of the whole run, where the privacy and the data that it hangs on are
 
     @property
     def adapter_numbers(self) -> int:
@@ -65,7 +66,7 @@ class Estimate:
         c, train = self.config, self.config.train
         share = self.adapter_numbers / self.base_numbers
         ranks = sorted(set(c.adapter.ranks or [c.adapter.rank]))
-        about = "about " if c.privacy.on else ""  # a round may have any number of clients
+        about = "about " if c.privacy.of_clients else ""  # a round may have any number of clients
         yield "base", f"{self.base_numbers:,} parameters"
         yield "adapter", f"{self.adapter_numbers:,} parameters ({share:.2%} of the base)"
         yield "ranks", ", ".join(map(str, ranks)) + (", by client" if ranks[1:] else "")
@@ -84,8 +85,9 @@ class Estimate:
             yield "one upload", " to ".join(dict.fromkeys(sizes)) + " MiB"
         yield "all transfers", f"{self.mib:,.0f} MiB"
         if c.privacy.on:
-            epsilon = spent(c, c.server.rounds)
-            yield "privacy", f"epsilon {epsilon:.2f} at delta {c.privacy.delta:g}, of whole clients"
+            spent = "unknown" if self.epsilon is None else f"{self.epsilon:.2f}"
+            whose = "whole clients" if c.privacy.of_clients else "single examples, of any client"
+            yield "privacy", f"epsilon {spent} at delta {c.privacy.delta:g}, of {whose}"
         yield "optimiser steps", f"{about}{c.server.rounds * c.per_round * train.steps:,}"
         chunks = f" in chunks of {train.chunk_tokens}, products of {train.tile} rows"
         yield "mode", train.mode + (chunks if train.mode == "strict" else "")
@@ -127,11 +129,23 @@ def estimate(config: Config) -> Estimate:
     slots = min(config.train.slots, config.most_clients)
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
+    each = _BYTES_PER_SLOT_NUMBER + 4 * config.privacy.of_examples  # sums of clipped gradients
     return Estimate(
         config, numbers, layout, wire, _traffic(config, layout, strategy, wire), budget, work,
-        (numbers * dtype.itemsize + slots * layout.size * _BYTES_PER_SLOT_NUMBER) / MIB,
+        (numbers * dtype.itemsize + slots * layout.size * each) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
+        _epsilon(config, data.population if data else None),
     )  # fmt: skip
+
+
+def _epsilon(config: Config, population: Population | None) -> float | None:
+    """Of the whole run; of examples it hangs on who holds how many."""
+    if not config.privacy.on or (config.privacy.of_examples and population is None):
+        return None
+    n = config.clients.number
+    population = population or Population(np.arange(n + 1), np.arange(n))
+    ledger = Ledger(config, population, seeds.run_key(config.run.seed))
+    return ledger.spent(config.server.rounds)
 
 
 def _traffic(
@@ -182,6 +196,8 @@ def _work(
     meter, longest = Meter(), 0
     for lane in plan.lanes:
         for _, parts in passes(config, store, population, plan, lane, budget, key):
+            if not (parts := filled(parts)):
+                continue
             batch = pack(store, parts, config.train.rows_per_product)
             meter.count(rows=batch.rows, budget=budget)
             longest = max(longest, len(batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -30,7 +30,8 @@ class Step:
             zero where nothing is shared.
         units: first and end sequence of each unit: a sequence in fast mode, a chunk in strict.
         load: packed rows of each unit.
-        weight: 1 / label tokens of the whole step, so that passes add up to the step's mean.
+        weights: (n,) 1 / label tokens of the whole step, so that passes add up to the step's mean;
+            where every example has a loss of its own, 1 / its own.
     """
 
     examples: np.ndarray
@@ -38,10 +39,12 @@ class Step:
     shared: np.ndarray
     units: tuple[tuple[int, int], ...]
     load: Load
-    weight: float
+    weights: np.ndarray
 
     def sequences(self, part: Part) -> range:
         """Those of one part."""
+        if part.first == part.end:
+            return range(0)
         return range(self.units[part.first][0], self.units[part.end - 1][1])
 
     def tokens(self, part: Part) -> int:
@@ -49,7 +52,9 @@ class Step:
         return int(self.lengths[self.sequences(part)].sum())
 
 
-def cut(store: TokenStore, examples: np.ndarray, train: Train, *, share: bool) -> Step:
+def cut(
+    store: TokenStore, examples: np.ndarray, train: Train, *, share: bool, alone: bool = False
+) -> Step:  # fmt: skip
     """Cut a step's sequences into units, by configuration and tokens alone.
 
     A strict chunk takes sequences while they fit into `chunk_tokens`, shared tokens counted once;
@@ -57,6 +62,7 @@ def cut(store: TokenStore, examples: np.ndarray, train: Train, *, share: bool) -
 
     Args:
         share: compute leading tokens that sequences of a chunk have in common once.
+        alone: every sequence is a unit and has a mean loss of its own; with share = False.
     """
     lengths, starts = store.lengths[examples], store.label_start[examples]
     n, tile = len(examples), train.rows_per_product
@@ -70,7 +76,7 @@ def cut(store: TokenStore, examples: np.ndarray, train: Train, *, share: bool) -
         return rows_of(tree(shared, lengths, range(first, end)))
 
     edges = list(range(n + 1))
-    if tile:
+    if tile and not alone:
         edges = [0]
         for i in range(1, n):
             if together(edges[-1], i + 1) > train.chunk_tokens:
@@ -81,8 +87,9 @@ def cut(store: TokenStore, examples: np.ndarray, train: Train, *, share: bool) -
         load = Load(tuple(-(-together(a, b) // tile) * tile for a, b in units))
     else:
         load = Load(tuple(lengths.tolist()), cache(together) if share else None)
-    labels = int(np.maximum(lengths - starts, 0).sum())
-    return Step(examples, lengths, shared, units, load, 1.0 / max(1, labels))
+    labels = np.maximum(lengths - starts, 0)
+    weights = 1.0 / np.maximum(1, labels if alone else np.full(n, labels.sum()))
+    return Step(examples, lengths, shared, units, load, weights)
 
 
 Parts = Sequence[tuple[Part, Step]]
@@ -94,6 +101,9 @@ def passes(
 ) -> Iterator[tuple[Shift, Parts]]:  # fmt: skip
     """The passes of a lane, each with the steps that its parts belong to."""
     train = config.train
+    if config.privacy.of_examples:
+        yield from singly(config, store, population, plan, lane, budget, key)
+        return
     share = train.shared_prefix and not config.adapter.dropout
     steps: dict[tuple[int, int], Step] = {}
 
@@ -110,6 +120,45 @@ def passes(
         for part in shift.parts:
             if part.completes:
                 del steps[part.client, part.step]
+
+
+def singly(
+    config: Config, store: TokenStore, population: Population, plan: RoundPlan, lane: np.ndarray,
+    budget: int, key: int,
+) -> Iterator[tuple[Shift, Parts]]:  # fmt: skip
+    """The same where a pass may hold one example of a client: to the schedule each is a step by
+    itself, and a step that drew none is one part of no units."""
+    steps: list[list[Step]] = []
+    order: list[list[tuple[int, int]]] = []  # of each client: the step and unit of each pass
+    for index in lane:
+        client = int(plan.client_ids[index])
+        owned = population.of(client)
+        steps.append([
+            cut(store, step_examples(config, owned, key, client, plan.round, step), config.train,
+                share=False, alone=True)
+            for step in range(int(plan.steps[index]))
+        ])  # fmt: skip
+        order.append([(s, u) for s, step in enumerate(steps[-1])
+                      for u in range(max(1, len(step.units)))])  # fmt: skip
+
+    def load(at: int, number: int) -> Load:
+        step, unit = order[at][number]
+        return Load(steps[at][step].load.units[unit : unit + 1])
+
+    slots = min(config.train.slots, config.most_clients)
+    for shift in schedule([len(o) for o in order], load, slots, budget):
+        found = []
+        for part in shift.parts:
+            number, unit = order[part.client][part.step]
+            step, end = steps[part.client][number], unit + part.end
+            last = end == len(step.units)
+            found.append((replace(part, step=number, first=unit, end=end, completes=last), step))
+        yield replace(shift, parts=tuple(part for part, _ in found)), found
+
+
+def filled(parts: Parts) -> Parts:
+    """Those that have sequences."""
+    return [(part, step) for part, step in parts if part.end > part.first]
 
 
 def pack(
@@ -144,4 +193,5 @@ def _chunk(packer: Packer, store: TokenStore, step: Step, sequences: range) -> N
         index.append(packer.last)
         if branch.leaf:
             start = int(store.label_start[example])
-            packer.labels(row + start - 1 - branch.begin, ids[start:], step.weight)
+            weight = step.weights[branch.sequence]
+            packer.labels(row + start - 1 - branch.begin, ids[start:], weight)

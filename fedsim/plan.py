@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim import seeds
 from fedsim.config import Config
 from fedsim.core import Population, RoundPlan
+from fedsim.dp_sgd import drawn
 
 _WAITING = 4  # finished clients for each slot that may wait for one that comes before them
 
@@ -42,14 +43,14 @@ def sampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clients of a round and their ranks: (M,) int64 each.
 
-    So many are drawn without replacement; under privacy each takes part by itself, with the
-    probability `server.fraction`, so that a round may have any number of them.
+    So many are drawn without replacement; under privacy of clients each takes part by itself, with
+    the probability `server.fraction`, so that a round may have any number of them.
 
     A client keeps its rank in all rounds, one of `adapter.ranks`, each as probable as it is
     frequent there, until a rule has lowered it: `pruned` (N,), 0 where none has. Clients are
     ordered by rank, up to the next power of two, then by number.
     """
-    if config.privacy.on:
+    if config.privacy.of_clients:
         words = seeds.first_words(key, seeds.Purpose.SAMPLING, np.arange(clients), round)
         ids = np.flatnonzero(words < int(config.server.fraction * 2**32)).astype(np.int64)
     else:
@@ -85,7 +86,7 @@ def plan_round(
         round=round,
         client_ids=ids,
         # A client that weighs more than others could change more than the clip.
-        weights=np.ones(m) if config.privacy.on else population.sizes[ids].astype(np.float64),
+        weights=np.ones(m) if config.privacy.of_clients else population.sizes[ids].astype(float),
         rank=rank,
         scale=np.array([config.adapter.scale(int(r)) for r in rank]),
         steps=np.full(m, train.steps),
@@ -104,15 +105,17 @@ def step_examples(
     A client goes through its examples in a shuffled order, epoch after epoch; the last batch of
     an epoch may be short. Under `flowertune` every visit repeats the same order, so a client of
     the default app sees the same 160 examples each time; under `fedsim` each visit has its own.
+    Under privacy of examples each joins by itself.
     """
+    if config.privacy.of_examples:
+        return np.asarray(owned[drawn(config.train.batch, len(owned), key, client, round, step)])
     batches = -(-len(owned) // config.train.batch)
     epoch, batch = divmod(step, batches)
     visit = 0 if config.run.protocol == "flowertune" else round
     order = seeds.permutation(
         key, seeds.Purpose.ORDER, len(owned), client=client, round=visit, step=epoch
     )
-    picked: np.ndarray = owned[order[batch * config.train.batch :][: config.train.batch]]
-    return picked
+    return np.asarray(owned[order[batch * config.train.batch :][: config.train.batch]])
 
 
 @dataclass(frozen=True)

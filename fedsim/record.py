@@ -208,6 +208,12 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _mean(losses: list[float | None]) -> float | None:
+    """Of those that are; under privacy of examples a step may have drawn nobody."""
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) / len(known) if known else None
+
+
 def round_line(
     plan: RoundPlan, rule: LocalRule, clients: list[dict[str, Any]], layout: AdapterLayout,
     meter: Meter, before: float, wire: Wire = PLAIN,
@@ -224,8 +230,8 @@ def round_line(
     return {
         "round": plan.round, "clients": len(clients), "failed": len(clients) - len(ok),
         "lr": float(plan.lr[0]) if len(plan) else None, "tokens": sum(c["tokens"] for c in clients),
-        "loss_first": sum(c["loss_first"] for c in ok) / len(ok) if ok else None,
-        "loss_last": sum(c["loss_last"] for c in ok) / len(ok) if ok else None,
+        "loss_first": _mean([c["loss_first"] for c in ok]),
+        "loss_last": _mean([c["loss_last"] for c in ok]),
         "down_mib": down, "up_mib": up, "total_mib": total,
         "over_budget": total > FLOWERTUNE_BUDGET_MIB,
         "passes": meter.passes, "utilisation": meter.utilisation,

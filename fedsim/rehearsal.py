@@ -6,6 +6,7 @@ of training; and how many sums it asks for is counted here, which `fedsim plan` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedsim.core import (
     ServerState,
     Strategy,
 )
+from fedsim.dp_sgd import hidden
 from fedsim.errors import ConfigError, RunError
 from fedsim.reduce import Reduce
 from fedsim.release import Release, refuse
@@ -50,7 +52,9 @@ def wire(config: Config, strategy: Strategy) -> Wire:
         ConfigError: the rule does not go with the channel or with the privacy that is asked for.
     """
     ring, release = Ring.of(config.channel), None
-    if config.privacy.on:
+    if config.privacy.of_examples:
+        rehearse(strategy, Reduce(LAYOUT, config.adapter.scale(), 0), hidden)
+    if config.privacy.of_clients:
         nobody, expected = ServerState(0, torch.zeros(1)), config.expected_clients
         release = Release.of(config.privacy, nobody, expected, LAYOUT.mask(KINDS), 0)
     if ring is None and release is None:
@@ -68,14 +72,16 @@ def wire(config: Config, strategy: Strategy) -> Wire:
     return Wire(config.channel, reduce.vectors)
 
 
-def rehearse(strategy: Strategy, reduce: Reduce) -> LocalRule:
+def rehearse(
+    strategy: Strategy, reduce: Reduce, see: Callable[[ClientUpdates], ClientUpdates] | None = None
+) -> LocalRule:
     """Aggregate two updates of 0; returns how their clients would train.
 
     Args:
-        reduce: over `LAYOUT`, as strict as the run's.
+        reduce: over `LAYOUT`, as strict as the run's. see: what the server gets of updates.
 
     Raises:
-        ConfigError: the rule asks for what the reduce does not give.
+        ConfigError: the rule asks for what the reduce does not give, or for losses it cannot see.
     """
     m = 2  # steps and losses that are not 1: weights by them show
     plan = RoundPlan(
@@ -90,5 +96,12 @@ def rehearse(strategy: Strategy, reduce: Reduce) -> LocalRule:
     )  # fmt: skip
     server = strategy.start(row, LAYOUT)
     with suppress(RunError):  # what else fails is of a round this small
-        strategy.aggregate(server, plan, iter([updates]), reduce, _Forgetful())
+        given = iter([see(updates) if see else updates])
+        after = strategy.aggregate(server, plan, given, reduce, _Forgetful())
+        if see and not all(v.isfinite().all() for v in (after.row, *after.memory.values())):
+            raise ConfigError(
+                "privacy.level: the rule needs losses of clients, which no noise hides",
+                expected="one that looks at updates alone",
+                remedy='Choose another server.strategy, or privacy.level = "none".',
+            )
     return strategy.rule(server, plan)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fedsim import checkpoint as checkpoints
 from fedsim import compress, evaluate, peft_io, rehearsal, seeds, strategies
-from fedsim.accountant import spent
+from fedsim.accountant import Ledger
 from fedsim.aggregation_error import Drift
 from fedsim.checkpoint import Checkpoint
 from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
+from fedsim.dp_sgd import hidden
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -42,6 +43,7 @@ def run(
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
     trainer = Trainer(base, world.data.store, world.data.population, config, key)
+    ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
@@ -52,9 +54,8 @@ def run(
         server, scores = begin(config, world, strategy, folder, memory, meter)
 
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
-    rounds = config.server.rounds
+    rounds, due = config.server.rounds, evaluated(config, server.round)
     meter.rounds, meter.device = rounds - server.round, base.device
-    due = evaluated(config, server.round)
     meter.evaluations_total = meter.evaluations + len(due) * bool(len(world.tests))
     for round in range(server.round + 1, rounds + 1):
         plan = plan_round(config, world.data.population, round, key, server.memory.get("ranks"))
@@ -64,7 +65,7 @@ def run(
             seen: list[ClientUpdates] = []
             drift = Drift(layout, config.adapter.scale(), plan)
             trained = trainer.train(plan, rule, meter, memory)
-            updates = (keep(seen, drift.see(u))
+            updates = (keep(seen, drift.see(u), config.privacy.of_examples)
                        for u in received(config, world, trained, plan, rule, memory))  # fmt: skip
             reduce = combining(config, world, server, rule)
             try:
@@ -80,7 +81,7 @@ def run(
         if round % config.server.export_every == 0 or round == rounds:
             export(folder, world, config, server)
         line = round_line(plan, rule, clients, layout, meter, sent, wire)
-        line |= lost(server, drift, rounding) | betrayed(config, reduce, round)
+        line |= lost(server, drift, rounding) | betrayed(config, ledger, reduce, round)
         folder.append("rounds.jsonl", [line])
         commit(folder, server, scores, kept)
         sent = line["total_mib"]
@@ -120,17 +121,18 @@ def lost(server: ServerState, drift: Drift, rounding: float) -> dict[str, float 
 def combining(config: Config, world: World, server: ServerState, rule: LocalRule) -> Reduce:
     """How the server of a round may look at updates."""
     layout, key, release = world.base.layout, world.key, None
-    if config.privacy.on:
+    if config.privacy.of_clients:
         travels = layout.mask(rule.up)
         release = Release.of(config.privacy, server, config.expected_clients, travels, key)
     return Reduce(layout, config.adapter.scale(), key, Ring.of(config.channel), release)
 
 
-def betrayed(config: Config, reduce: Reduce, rounds: int) -> dict[str, float]:
+def betrayed(config: Config, ledger: Ledger, reduce: Reduce, rounds: int) -> dict[str, Any]:
     """Epsilon of all rounds so far and the clip of the last, under privacy."""
-    if reduce.release is None:
+    if not config.privacy.on:
         return {}
-    return {"epsilon": spent(config, rounds), "clip": reduce.release.clip}
+    clip = reduce.release.clip if reduce.release else config.privacy.clip
+    return {"epsilon": ledger.spent(rounds), "clip": clip}
 
 
 def received(
@@ -144,11 +146,12 @@ def received(
     )  # fmt: skip
 
 
-def keep(seen: list[ClientUpdates], update: ClientUpdates) -> ClientUpdates:
-    """Remember an update's figures, not its rows, and pass it on."""
+def keep(seen: list[ClientUpdates], update: ClientUpdates, hide: bool) -> ClientUpdates:
+    """Remember an update's figures, not its rows, and pass it on, without them if they are to be
+    hidden."""
     empty = update.row.new_empty(0)
     seen.append(ClientUpdates(**{**update.__dict__, "row": empty, "start": empty}))
-    return update
+    return hidden(update) if hide else update
 
 
 def score(

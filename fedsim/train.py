@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from fedsim.batch import PackedBatch, on_device
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
+from fedsim.dp_sgd import DPSGD
 from fedsim.graphs import runner
 from fedsim.local_terms import LocalTerms, Starts
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
-from fedsim.packing import Parts, pack, passes
+from fedsim.packing import Parts, filled, pack, passes
 from fedsim.plan import Shift, pass_budget
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Trainer:
         """
         starts = Starts(rule, plan, self.bank, self.config, memory)
         terms = LocalTerms(rule, self.bank)
+        self._private = DPSGD.of(self.config, plan, rule, self.bank, self.population, self.key)
         for lane in plan.lanes:
             finished: dict[int, _Finished] = {}
             following = 0
@@ -68,7 +71,7 @@ class Trainer:
     ) -> Iterator[dict[int, _Finished]]:
         """Queue pass after pass; yields those who leave after it, by position in the lane."""
         visits: dict[int, _Visit] = {}
-        state = _State(self.bank.slots, self.base.device)
+        state = _State(self.bank.slots, self.base.device, heeds=self._private is None)
         for shift, parts in passes(
             self.config, self.store, self.population, plan, lane, self.budget, self.key
         ):
@@ -79,6 +82,8 @@ class Trainer:
                 terms.enter(slot, visits[slot].start, starts.control(index))
             who = {slot: visit.index for slot, visit in visits.items()}
             loss, rows = self.gradients(plan, who, parts)
+            if self._private:
+                loss = self._private.add(who, parts, loss)
             completed = self._optimise(plan, who, shift, state, terms, loss)
             tokens = 0
             for part, step in parts:
@@ -97,7 +102,8 @@ class Trainer:
             yield left
 
     def gradients(self, plan: RoundPlan, who: dict[int, int], parts: Parts) -> tuple[Tensor, int]:
-        """Add one pass to the bank's gradients; those of a step that begins are zeroed first.
+        """Add one pass to the bank's gradients; those of a step that begins are zeroed first, and
+        under privacy of examples those of every pass.
 
         Args:
             who: slot -> position in the plan.
@@ -108,8 +114,10 @@ class Trainer:
         """
         tile = self.config.train.rows_per_product
         for part, _ in parts:
-            if not part.first:
+            if not part.first or self.config.privacy.of_examples:
                 self.bank.grads[part.slot].zero_()
+        if not (parts := filled(parts)):
+            return self.base.anchor.new_zeros(self.bank.slots, dtype=torch.float64), 0
         batch = pack(
             self.store, parts, tile, ranks=self._ranks(plan, who), device=self.base.device
         )  # fmt: skip
@@ -196,7 +204,8 @@ class Trainer:
         norms = self.bank.step(
             lr=told[4], step=told[5], active=completes & state.ok,
             betas=(train.beta1, train.beta2), eps=train.eps,
-            weight_decay=train.weight_decay, max_norm=train.clip_norm,
+            weight_decay=train.weight_decay,
+            max_norm=math.inf if self._private else train.clip_norm,
         )  # fmt: skip
         terms.move(ranks, lr)
         state.ok &= ~completes | torch.isfinite(norms)
@@ -210,9 +219,11 @@ class _State:
         loss: of the present step, as far as it was passed. first: of the first step.
         ok: False from the first loss or gradient on that was not finite. A sick client keeps its
             slot until its steps are over: finding out earlier would stop the device.
+        heeds: losses; under privacy of examples nothing that the server sees may hang on them.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int, device: torch.device, *, heeds: bool) -> None:
+        self.heeds = heeds
         self.loss = torch.zeros(slots, dtype=torch.float64, device=device)
         self.first = torch.zeros_like(self.loss)
         self.ok = torch.ones(slots, dtype=torch.bool, device=device)
@@ -223,7 +234,9 @@ class _State:
         """Take in one pass; the flags are (K,) bool."""
         self.loss = torch.where(begins, loss, self.loss + loss)
         self.first = torch.where(first, self.loss, self.first)
-        self.ok = (self.ok | enters) & (~completes | torch.isfinite(self.loss))
+        self.ok = self.ok | enters
+        if self.heeds:
+            self.ok &= ~completes | torch.isfinite(self.loss)
 
     def read(self) -> _Reading:
         """(3, K) first loss, last loss, ok."""
