@@ -44,6 +44,7 @@ class Estimate:
     base_numbers: int
     layout: AdapterLayout
     wire: Wire
+    joins: bool  # clients also receive what joins the base
     mib: float  # sent in the whole run, both directions
     budget: int  # packed tokens of one pass
     work: Work | None  # None where the data or the tokenizer are not here
@@ -82,7 +83,8 @@ class Estimate:
         if self.wire != PLAIN:
             sizes = [f"{self.wire.up(n, c.per_round) / MIB:,.1f}" for n in numbers]
             yield "one upload", " to ".join(dict.fromkeys(sizes)) + " MiB"
-        yield "all transfers", f"{self.mib:,.0f} MiB"
+        least = "at least " if self.joins else ""  # what joins the base is known round by round
+        yield "all transfers", f"{least}{self.mib:,.0f} MiB"
         if c.privacy.on:
             epsilon = spent(c, c.server.rounds)
             yield "privacy", f"epsilon {epsilon:.2f} at delta {c.privacy.delta:g}, of whole clients"
@@ -128,7 +130,8 @@ def estimate(config: Config) -> Estimate:
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
     return Estimate(
-        config, numbers, layout, wire, _traffic(config, layout, strategy, wire), budget, work,
+        config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),
+        budget, work,
         (numbers * dtype.itemsize + slots * layout.size * _BYTES_PER_SLOT_NUMBER) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
     )  # fmt: skip

@@ -198,8 +198,8 @@ class Trainer:
             betas=(train.beta1, train.beta2), eps=train.eps,
             weight_decay=train.weight_decay, max_norm=train.clip_norm,
         )  # fmt: skip
-        terms.move(ranks, lr)
         state.ok &= ~completes | torch.isfinite(norms)
+        terms.move(ranks, lr, state.ok)
         return torch.where(completes, state.loss, float("nan"))
 
 
