@@ -3,12 +3,12 @@
     flexlora_qr_speedup     seconds of FlexLoRA as published, the dense product of 10 clients of
                             rank 16 on a module of 4,096 x 4,096 and its SVD in fp32, over ours: QR
                             of the stacked factors and the SVD of a small core, in fp64
-    flexlora_max_rel_error  largest ||ours - best|| / ||best||, best: the fp64 SVD cut to rank 16
+    flexlora_max_rel_error  ||ours - best|| / ||best||, best: the fp64 SVD cut to rank 16
     streaming_extra_mb_1000_clients  most memory that a rule of sums takes beside the server's row
                             and one update, for 1,000 clients of 4.9 M numbers (SmolLM2-135M, rank
                             16 on every linear)
 
-The table has every rule at 10, 100 and 1,000 clients. Updates are eight different ones again and
+The table has every rule at 10, 100 and 1,000 clients. Updates are copies of eight, again and
 again, so that a rule's time is its own; what clients keep on disk is not written. A rule that needs
 all updates at once is left out where they do not fit half of the free memory.
 """
@@ -122,7 +122,8 @@ class Round:
     def updates(self) -> Iterator[ClientUpdates]:
         for k in range(len(self.plan)):
             yield ClientUpdates(
-                index=np.array([k]), row=self.pool[k % len(self.pool)][None], start=self.start,
+                index=np.array([k]), row=self.pool[k % len(self.pool)].clone()[None],
+                start=self.start,
                 tokens=np.array([1]), loss_first=np.array([2.0]), loss_last=np.array([1.0]),
                 ok=np.array([True]), seconds=0.0,
             )  # fmt: skip
@@ -147,7 +148,7 @@ def free_memory() -> int:
 
 def cost(name: str, layout: AdapterLayout, work: Round) -> dict[str, Any]:
     """Seconds and MiB of one round's aggregation, beside the server's state before it."""
-    needed = 2 * 4 * len(work.plan) * layout.size
+    needed = 4 * 4 * len(work.plan) * layout.size  # rows, updates, and both stacked
     if name in WHOLE and needed > free_memory() / 2:
         return {"needs_gib": needed / 2**30}
     rule = strategies.load(name)

@@ -28,9 +28,9 @@ import harness
 from bench_clients import data_folder
 
 from fedsim import simulate, strategies
-from fedsim.config import Config, build
+from fedsim.config import Config, build, read_toml
 from fedsim.core import pick_device
-from fedsim.errors import FedSimError
+from fedsim.errors import FedSimError, RunError
 from fedsim.folder import RunFolder
 
 RULES = "fedavg,fedprox,fedadam,flexlora,ffa_lora,fedsa_lora"
@@ -84,7 +84,19 @@ def run(cell: Cell, config: Config) -> dict[str, Any]:
         simulate.run(config, resume=RunFolder(folder).has_checkpoint, fresh=True)
         figures = figures_of(folder) | {"seconds": time.perf_counter() - began}
         done.write_text(json.dumps(figures))
+    elif alike(build(read_toml(folder / "config.toml"), str(folder))) != alike(config):
+        raise RunError(
+            f"{folder} is of another study", expected="the same rounds, steps and questions",
+            remedy="Give another --out.",
+        )  # fmt: skip
     return {**cell.__dict__, **json.loads(done.read_text())}
+
+
+def alike(config: Config) -> Config:
+    """But for who says what zero-shot is."""
+    return config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"first": True})}
+    )
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
@@ -159,11 +171,12 @@ def page(result: dict[str, Any]) -> str:
         "have their default options.",
     ]  # fmt: skip
     for domain, partition, mine in groups(cells):
-        before = statistics.fmean(100 * c["before"]["lenient"] for c in mine if c["before"])
+        before = [100 * c["before"]["lenient"] for c in mine if c["before"]]
+        zero_shot = f"Zero-shot, lenient: {statistics.fmean(before):.1f}. " if before else ""
         asked = ", ".join(f"{task} {n}" for task, n in mine[0]["n"].items())
         lines += [
             "", f"## {domain}, {partition}", "",
-            f"Zero-shot, lenient: {before:.1f}. Questions: {asked}. "
+            f"{zero_shot}Questions: {asked}. "
             f"{len({c['seed'] for c in mine})} seeds.", "",
             "| rule | lenient | against the first | MiB sent | E |", "|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in table(mine, "lenient")),

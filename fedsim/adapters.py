@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fedsim_kernels.adamw  # noqa: F401  registers the operation
 from fedsim import seeds
-from fedsim.core import AdapterLayout
+from fedsim.core import KINDS, AdapterLayout
 
 
 def initial_row(layout: AdapterLayout, key: int, round: int = 0) -> Tensor:
@@ -55,7 +55,13 @@ class AdapterBank:
 
     def rates(self, of: Mapping[str, float]) -> None:
         """Kinds of pieces train at so many times the client's rate from now on, 1 where not named;
-        at 0, where gradients are 0 too, they keep their values: no step and no decay."""
+        at 0, where gradients are 0 too, they keep their values: no step and no decay.
+
+        Raises:
+            ValueError: a kind that no layout has.
+        """
+        if unknown := set(of) - set(KINDS):
+            raise ValueError(f"rates of {sorted(unknown)}; expected kinds among {list(KINDS)}")
         of = {"B": 1.0, **of}
         of["B"] *= self._lora_plus
         self._lr_scale = None

@@ -92,7 +92,7 @@ class Train(Section):
     lr_max: float = Field(5e-5, gt=0)
     lr_min: float = Field(1e-6, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: no clipping; nor with DP-SGD")
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description="inf: none; nor in DP-SGD")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)

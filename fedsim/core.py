@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ class LocalRule:
         g + prox_mu (x - x_k) + correction - control_k + tail penalty's gradient
 
     and clips and optimises that, in the pieces of the kinds that are trained. With `behind` the
-    first three terms are kept from the optimiser: behind its step x moves by -rate times them.
+    proximal term, correction and control are kept from the optimiser: behind its step x moves by
+    them times minus the client's rate, whatever `rates` are.
 
     Attributes:
         start: (P,) fp32; a client of rank r has its first r rows of A and columns of B.
@@ -90,8 +91,8 @@ class LocalRule:
         correction: (P,) fp32, the same for all clients.
         control: the name of the client memory's rows that are subtracted, zero before the first
             visit.
-        tail_weight, tail_from: lambda and gamma of HetLoRA's penalty
-            lambda sum over modules of ||B[:, g:r]|| ||A[g:r]||, g = floor(gamma r).
+        tail_weight, tail_from, tail_least: lambda, gamma and least g of HetLoRA's penalty
+            lambda sum over modules of ||B[:, g:r]|| ||A[g:r]||, g = floor(gamma r) or the least.
     """
 
     start: Tensor
@@ -110,6 +111,7 @@ class LocalRule:
     behind: bool = False
     tail_weight: float = 0.0
     tail_from: float = 1.0
+    tail_least: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class ServerState:
     """What the server remembers between rounds; checkpointed whole.
 
     Attributes:
-        memory: the rule's own tensors.
+        memory: the rule's own tensors. Of these `ranks`, `clients` with `ids`, and `truncation`
+            are also read by the simulation.
         base: what is added to the frozen weights of target modules, shared by all clients:
             "module.A" (R', I) and "module.B" (O, R'), whose product it is, or "module.W" (O, I);
             fp32.
@@ -212,7 +215,17 @@ class Strategy:
 
     A frozen dataclass whose fields are the rule's options, `server.options` in a configuration. A
     rule that keeps nothing but the row has only `step` of its own.
+
+    Attributes:
+        rewrites: each round's row has coordinates of its own: nothing of one may be added to the
+            next, as error feedback does.
+        prunes: it lowers clients' ranks.
+        joins: it adds to the base, which clients receive besides.
     """
+
+    rewrites: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     def start(self, row: Tensor, layout: AdapterLayout) -> ServerState:
         """The server before the first round, from a fresh adapter (P,)."""

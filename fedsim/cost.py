@@ -44,6 +44,7 @@ class Estimate:
     base_numbers: int
     layout: AdapterLayout
     wire: Wire
+    joins: bool  # clients also receive what joins the base
     mib: float  # sent in the whole run, both directions
     budget: int  # packed tokens of one pass
     work: Work | None  # None where the data or the tokenizer are not here
@@ -83,7 +84,8 @@ class Estimate:
         if self.wire != PLAIN:
             sizes = [f"{self.wire.up(n, c.per_round) / MIB:,.1f}" for n in numbers]
             yield "one upload", " to ".join(dict.fromkeys(sizes)) + " MiB"
-        yield "all transfers", f"{self.mib:,.0f} MiB"
+        least = "at least " if self.joins else ""  # what joins the base is known round by round
+        yield "all transfers", f"{least}{self.mib:,.0f} MiB"
         if c.privacy.on:
             spent = "unknown" if self.epsilon is None else f"{self.epsilon:.2f}"
             whose = "whole clients" if c.privacy.of_clients else "single examples, of any client"
@@ -131,8 +133,8 @@ def estimate(config: Config) -> Estimate:
     rows = work.longest if work else budget
     each = _BYTES_PER_SLOT_NUMBER + 4 * config.privacy.of_examples  # sums of clipped gradients
     return Estimate(
-        config, numbers, layout, wire, _traffic(config, layout, strategy, wire), budget, work,
-        (numbers * dtype.itemsize + slots * layout.size * each) / MIB,
+        config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),
+        budget, work, (numbers * dtype.itemsize + slots * layout.size * each) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
         _epsilon(config, data.population if data else None),
     )  # fmt: skip

@@ -59,7 +59,8 @@ class Starts:
 class LocalTerms:
     """A `LocalRule`'s terms for the slots of a bank; those that it lacks take no memory.
 
-    g + prox_mu (x - x_k) + correction - control_k + tail penalty's gradient, 0 where frozen
+    g + prox_mu (x - x_k) + correction - control_k + tail penalty's gradient, 0 where frozen;
+    with `behind` the three in the middle act in `move` instead of in `add`
     """
 
     def __init__(self, rule: LocalRule, bank: AdapterBank) -> None:
@@ -91,12 +92,13 @@ class LocalTerms:
             if not self._rule.behind:
                 self._pull(grad, slot, rank)
             if self._rule.tail_weight:
-                self._tail(slot, floor(self._rule.tail_from * rank), rank)
+                first = max(floor(self._rule.tail_from * rank), self._rule.tail_least)
+                self._tail(slot, first, rank)
             if self._frozen is not None:
                 grad.masked_fill_(self._frozen, 0)
 
-    def move(self, ranks: Mapping[int, int], rates: np.ndarray) -> None:
-        """What acts behind the optimiser's step of these slots; rates (K,)."""
+    def move(self, ranks: Mapping[int, int], rates: np.ndarray, ok: Tensor) -> None:
+        """What acts behind the optimiser's step of these slots, where they are ok; (K,) each."""
         if not self._rule.behind:
             return
         for slot, rank in ranks.items():
@@ -104,7 +106,7 @@ class LocalTerms:
             self._pull(term, slot, rank)
             if self._frozen is not None:
                 term.masked_fill_(self._frozen, 0)
-            self._bank.rows[slot].sub_(term, alpha=float(rates[slot]))
+            self._bank.rows[slot].sub_(torch.where(ok[slot], float(rates[slot]) * term, 0))
 
     def _pull(self, term: Tensor, slot: int, rank: int) -> None:
         """term += prox_mu (x - x_k) + correction - control_k"""

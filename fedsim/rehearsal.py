@@ -51,6 +51,7 @@ def wire(config: Config, strategy: Strategy) -> Wire:
     Raises:
         ConfigError: the rule does not go with the channel or with the privacy that is asked for.
     """
+    fit(config, strategy)
     ring, release = Ring.of(config.channel), None
     if config.privacy.of_examples:
         rehearse(strategy, Reduce(LAYOUT, config.adapter.scale(), 0), hidden)
@@ -70,6 +71,23 @@ def wire(config: Config, strategy: Strategy) -> Wire:
     if release and local.more_up:
         raise refuse("numbers that clients send besides their update")
     return Wire(config.channel, reduce.vectors)
+
+
+def fit(config: Config, strategy: Strategy) -> None:
+    """Raises ConfigError where the configuration asks for what the rule's rows cannot have."""
+    name = config.server.strategy
+    if strategy.rewrites and config.channel.feedback:
+        raise ConfigError(
+            f"channel.feedback: got true with server.strategy = {name}",
+            expected="false: each round's A is another, and what was lost of B belongs to the last",
+            remedy="Set channel.feedback = false.",
+        )  # fmt: skip
+    if strategy.prunes and config.adapter.init == "pissa":
+        raise ConfigError(
+            f"adapter.init: got pissa with server.strategy = {name}",
+            expected="default: the base lacks factors of one rank, and the rule lowers ranks",
+            remedy='Set adapter.init = "default".',
+        )  # fmt: skip
 
 
 def rehearse(

@@ -207,8 +207,8 @@ class Trainer:
             weight_decay=train.weight_decay,
             max_norm=math.inf if self._private else train.clip_norm,
         )  # fmt: skip
-        terms.move(ranks, lr)
         state.ok &= ~completes | torch.isfinite(norms)
+        terms.move(ranks, lr, state.ok)
         return torch.where(completes, state.loss, float("nan"))
 
 

@@ -290,7 +290,7 @@ def test_bench_aggregation(
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     threads = str(torch.get_num_threads())
-    sizes = ["--counts", "9,11", "--wide", "192", "--layers", "1"]
+    sizes = ["--counts", "9,11", "--wide", "384", "--layers", "1"]
     aggregation.main(["--quick", "--save", "--threads", threads, *sizes])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["flexlora_max_rel_error"] <= 1e-5 and last["flexlora_qr_speedup"] > 0

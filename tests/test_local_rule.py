@@ -84,7 +84,7 @@ def tail(one: Lab, rule: LocalRule, row: Tensor) -> Tensor:
     if not rule.tail_weight:
         return torch.zeros_like(row)
     x = row.clone().requires_grad_()
-    first = int(rule.tail_from * one.base.layout.rank)
+    first = max(int(rule.tail_from * one.base.layout.rank), rule.tail_least)
     total = torch.zeros((), dtype=torch.float64)
     for a, b in one.base.layout.factors(x[None]).values():
         total = total + a[0, first:].norm() * b[0, :, first:].norm()
@@ -100,6 +100,8 @@ RULES = {
     "frozen B": {"trained": ("A",)},
     "rate of B": {"rates": {"B": 3.0}},
     "tail": {"tail_weight": 0.5, "tail_from": 0.5},
+    "tail, at least": {"tail_weight": 0.5, "tail_from": 0.2, "tail_least": 3},
+    "rates and a pull behind": {"rates": {"B": 3.0}, "prox_mu": 3.0, "behind": True},
 }
 
 
@@ -213,6 +215,12 @@ def test_the_scaled_product_at_a_lower_rank(lab: Callable[..., Lab]) -> None:
                 factor = rank / 4 if same else 1.0
                 assert torch.equal(b[..., :rank], factor * whole_b[..., :rank])
                 assert not b[..., rank:].any()
+
+
+def test_a_rate_of_nothing_is_an_error(lab: Callable[..., Lab]) -> None:
+    one = lab()
+    with pytest.raises(ValueError, match=r"rates of \['C'\]; expected kinds"):
+        train(one, LocalRule(one.start, rates={"C": 2.0}))
 
 
 def test_a_bank_forgets_the_last_rule(lab: Callable[..., Lab]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedsim.checkpoint import load_checkpoint
 from fedsim.config import Config
 from fedsim.core import KINDS, AdapterLayout, Population, RoundPlan, ServerState, Strategy
 from fedsim.correction import delta_of
+from fedsim.errors import ConfigError
 from fedsim.folder import RunFolder
 from fedsim.local_terms import Starts
 from fedsim.plan import plan_round
@@ -261,8 +263,13 @@ def test_hetlora_by_hand() -> None:
         a[:, 0, 0] = torch.tensor([2.0, 6.0])
         b[:, 0, 0] = value / 2
     rule = strategies.load("hetlora", {"smallest": 3})
+    at = LAYOUT.piece("q", "A").offset
     got = step(rule, ServerState(0, torch.zeros(LAYOUT.size)), rows, [5.0, 1.0])
-    assert float(got.row[LAYOUT.piece("q", "A").offset]) == 5.0
+    assert float(got.row[at]) == 5.0
+    for a, b in LAYOUT.factors(rows).values():
+        b[:, 0, 0] = torch.where(a[:, 0, 0] > 0, 1 / a[:, 0, 0], 0)
+    got = step(rule, ServerState(0, torch.zeros(LAYOUT.size)), rows, [5.0, 1.0])
+    assert float(got.row[at]) == 4.0
 
 
 def test_hetlora_prunes_tails_that_shrink() -> None:
@@ -282,6 +289,18 @@ def test_hetlora_prunes_tails_that_shrink() -> None:
                              for a, b in LAYOUT.factors(rows).values())])[0].sqrt()  # fmt: skip
     want = torch.einsum("k,kp->p", norms / norms.sum(), rows.double())
     assert float((after.row.double() - want).abs().max()) <= 4 * EPS * float(want.abs().max())
+
+
+def test_rows_that_all_clients_drop_stay_the_servers() -> None:
+    """Every client is pruned from 3 to 2: the server's third rows are what they were."""
+    server = ServerState(0, random_rows(1, 1)[0])
+    rows = server.row.expand(3, -1).clone()
+    rows[:, ~LAYOUT.mask(KINDS, 2)] *= 0.5
+    rule = strategies.load("hetlora", {"gamma": 0.7})
+    after = step(rule, server, rows, [1.0] * 3)
+    assert after.memory["ranks"][:3].tolist() == [2, 2, 2]
+    tail = LAYOUT.mask(KINDS, 3) & ~LAYOUT.mask(KINDS, 2)
+    assert torch.equal(after.row[tail], server.row[tail])
 
 
 def test_a_pruned_rank_is_the_clients_from_then_on(settings: Callable[..., Config]) -> None:
@@ -341,7 +360,7 @@ def test_lora_fair_at_its_limits(distance: str) -> None:
     plan = plan_of(WEIGHTS)
     server, rows = clients(plan)
     fedit = aggregate(strategies.load("fedit"), server, plan, rows)
-    heavy = {"distance": distance, "penalty": 1e9, "rate": 1e-12}
+    heavy = {"distance": distance, "penalty": 1e9}
     after = aggregate(strategies.load("lora_fair", heavy), server, plan, rows)
     assert float((after.row - fedit.row).abs().max()) <= 1e-6
     rows = torch.where(LAYOUT.mask(("A",)), server.row, rows)
@@ -360,9 +379,69 @@ def test_killed_and_resumed_at_different_ranks(
     killed_and_resumed(settings, monkeypatch, rule, adapter__ranks=(1, 2, 4))
 
 
+def test_pruned_ranks_survive_a_kill(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    killed_and_resumed(settings, monkeypatch, "hetlora", server__fraction=1.0, train__steps=4,
+                       server__options={"penalty": 10.0, "gamma": 0.75})  # fmt: skip
+    saved = load_checkpoint(tmp_path / "killed" / "checkpoint")
+    assert saved is not None and saved.server.memory["ranks"].any()
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "flora", "fedex_lora", "lora_fair"])
+def test_equal_weights(rule: str) -> None:
+    """`equal` is weights of 1, in the means and in the products."""
+    plan = mixed()
+    server, rows = clients(plan)
+    same = replace(plan, weights=np.ones(M))
+    got = aggregate(strategies.load(rule, {"equal": True}), server, plan, rows)
+    want = aggregate(strategies.load(rule), server, same, rows)
+    assert torch.equal(got.row, want.row)
+    assert all(torch.equal(got.base[k], v) for k, v in want.base.items())
+    other = aggregate(strategies.load(rule), server, plan, rows)
+    assert far(weights_of(got), weights_of(other)) > 1e-2
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "flora", "fedex_lora", "hetlora", "lora_fair"])
+def test_magnitudes_are_averaged(rule: str) -> None:
+    """By the weights that the rule gives its clients, beside the products."""
+    layout = AdapterLayout.build({"q": (12, 8), "v": (12, 4)}, 3, dora=True)
+    drawn = torch.randn(M, layout.size, generator=torch.Generator().manual_seed(1))
+    rows = torch.where(layout.mask(KINDS), drawn, 0)
+    pruned = {"smallest": 3} if rule == "hetlora" else {}  # nobody
+    strategy, plan = strategies.load(rule, pruned), plan_of(WEIGHTS)
+    sums = Reduce(layout, SCALE, 1)
+    after = strategy.aggregate(
+        strategy.start(rows[0], layout), plan, blocks(rows[0], rows), sums, Kept()
+    )
+    p = P
+    if rule == "hetlora":
+        p = sum((b.double() @ a.double()).square().sum((1, 2))
+                for a, b in layout.factors(rows).values()).sqrt()  # fmt: skip
+        p = p / p.sum()
+    mag = layout.mask(("mag",))
+    want = torch.einsum("k,kp->p", p, rows.double())[mag]
+    assert float((after.row.double()[mag] - want).abs().max()) <= 4 * EPS * float(want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("rule", "more", "said"),
+    [("flora", {"channel__compression": "top_k"}, "channel.feedback"),
+     ("flexlora", {"channel__compression": "int8", "channel__feedback": True}, "channel.feedback"),
+     ("hetlora", {"adapter__init": "pissa"}, "adapter.init")],
+)  # fmt: skip
+def test_what_a_rules_rows_cannot_have(
+    settings: Callable[..., Config], rule: str, more: dict[str, Any], said: str
+) -> None:
+    """What was lost of a row whose A is gone; factors of one rank where ranks fall."""
+    with pytest.raises(ConfigError, match=said):
+        simulate.run(settings(server__strategy=rule, **more))
+    simulate.run(settings(server__strategy="fedit", server__rounds=1, evaluate__limit=0, **more))
+
+
 @pytest.mark.parametrize("rule", ["flexlora", "flora", "fedex_lora"])
 def test_a_rule_over_dora(settings: Callable[..., Config], rule: str) -> None:
-    """Magnitudes are averaged beside the products."""
+    """Rounds of it, whatever the norms become."""
     config = settings(server__strategy=rule, adapter__dora=True, evaluate__limit=2)
     saved = load_checkpoint(simulate.run(config) / "checkpoint")
     assert saved is not None and torch.isfinite(saved.server.row).all()

@@ -2,8 +2,8 @@
 
     A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   W <- W + sum_k p_k s_k B_k A_k - s B A
 
-Exact: W + s B A moves by the mean of the products. The residual has rank sum_k r_k + R at most; a
-client receives it beside A and B and is taken to have followed the rounds before.
+Exact: W + s B A is then the old W and the mean of the products. The residual has rank sum_k r_k + R
+at most; a client receives it beside A and B and is taken to have followed the rounds before.
 
 By hand: s = 1, p = 1/2, A = (1, 3), B = (1, 3): B A = 4, the mean product 5, W grows by 1.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ class FedExLoRA(Strategy):
             paper's cheaper form; what that loses is kept as `truncation`. 0: all of it.
     """
 
+    joins: ClassVar[bool] = True
     equal: bool = False
     residual: Annotated[int, Field(ge=0)] = 0
 
@@ -51,7 +52,7 @@ class FedExLoRA(Strategy):
         lost = whole = 0.0
         missed: dict[str, Product] = {}
         for module, (a, b) in reduce.layout.factors(row[None].double()).items():
-            exact = products[module]
+            exact = products.pop(module)  # of dense ones, 8 bytes a weight
             missed[module] = exact.plus(-reduce.scale * b[0], a[0])
             if self.residual:
                 parts = missed[module].svd(self.residual)

@@ -3,7 +3,7 @@
     client k minimises  F_k(x) + mu/2 ||x - x_k||^2, its gradient  g + mu (x - x_k)
 
 The term joins the gradient before clipping and before AdamW's moments; `decoupled`, it acts behind
-AdamW's step instead, x <- x - lr mu (x - x_k), as AdamW's own decay does.
+AdamW's step instead: x <- x - lr mu (x - x_k).
 
 By hand: F(x) = (x - 1)^2 / 2, x_k = 0, mu = 1: x = 1 / (1 + mu) = 0.5.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -33,6 +34,7 @@ class FlexLoRA(Strategy):
         balanced: both factors get the root of the spectrum, instead of B the whole.
     """
 
+    rewrites: ClassVar[bool] = True
     equal: bool = False
     balanced: bool = False
 

@@ -2,10 +2,10 @@
 
     W <- W + sum_k p_k s_k B_k A_k,    A drawn anew, B = 0
 
-Exact, at any ranks. A client receives the last round's stack, of rank sum_k r_k, and nothing else:
-A is drawn from the seed. It is taken to have followed the rounds before. The base's part is kept as
-factors while their rank is below half of a module's smaller side, then as one dense fp32 matrix; a
-quantised base is not quantised again.
+Exact, at any ranks. A client receives the last round's stack, of rank sum_k r_k, or the whole
+matrix where that is kept, and magnitudes; A is drawn from the seed. It is taken to have followed
+the rounds before. The base's part is kept as factors while their rank is below half of a module's
+smaller side, then as one dense fp32 matrix; a quantised base is not quantised again.
 
 By hand: s = 2, p = (1/4, 3/4), B A = 1 and 5: W grows by 2 (1/4 + 15/4) = 8, the next adapter is 0.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,8 @@ class FLoRA(Strategy):
         equal: every client counts the same.
     """
 
+    rewrites: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     equal: bool = False
 
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:

@@ -4,7 +4,9 @@
 
 with zeros where a client's rank ends. A client's loss has the penalty
 lambda sum over modules ||B[:, g:r]|| ||A[g:r]||, g = floor(gamma r); where the sum is smaller after
-a visit than before it, its rank is g from then on, and the tail is not sent. Ranks never grow.
+a visit than before it, its rank is g from then on, and its tail counts no more. Ranks never grow.
+As in the paper, scales s_k take no part: A and B are averaged as they are. Under secure sums a
+client would have to weigh and prune itself, and its rank is known.
 
 Rows of A that no client of the round has stay as they are: with zeros in both factors they could
 never be trained again. By hand: products of norm 1 and 3, A = 2 and 6: A = (2 + 18) / 4 = 5.
@@ -17,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import floor, hypot
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -46,13 +48,16 @@ class HetLoRA(Strategy):
         smallest: no client's rank falls below it.
     """
 
+    prunes: ClassVar[bool] = True
     penalty: Annotated[float, Field(ge=0)] = 1e-3
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99
     smallest: Annotated[int, Field(ge=1)] = 1
 
     def rule(self, server: ServerState, plan: RoundPlan) -> LocalRule:
         """From the global row, cut to the client's rank, which `ranks` of the memory lowers."""
-        return LocalRule(server.row, tail_weight=self.penalty, tail_from=self.gamma)
+        return LocalRule(
+            server.row, tail_weight=self.penalty, tail_from=self.gamma, tail_least=self.smallest
+        )  # fmt: skip
 
     def aggregate(
         self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],
@@ -61,7 +66,7 @@ class HetLoRA(Strategy):
         """Rows, not updates, are averaged; ranks (N,) int64, 0 where a client's is as it was."""
         none = torch.zeros(plan.population, dtype=torch.int64)
         ranks = server.memory.get("ranks", none).clone()
-        norms = np.zeros(len(plan))
+        norms, sent_ranks = np.zeros(len(plan)), plan.rank.copy()
 
         def sent() -> Iterator[ClientUpdates]:
             for block in updates:
@@ -71,7 +76,7 @@ class HetLoRA(Strategy):
                     start = block.start if block.start.ndim == 1 else block.start[i]
                     rank = self._rank(int(plan.rank[at]), row[i], start, reduce)
                     if rank < plan.rank[at]:
-                        ranks[int(plan.client_ids[at])] = rank
+                        ranks[int(plan.client_ids[at])] = sent_ranks[at] = rank
                         row[i] = torch.where(
                             reduce.layout.mask(KINDS, rank).to(row.device), row[i], 0
                         )
@@ -80,7 +85,7 @@ class HetLoRA(Strategy):
 
         tiny = np.finfo(float).tiny  # where all products are 0, all count the same
         sums = reduce.sums(plan, sent(), lambda block: norms[block.index] + tiny, of="row")
-        had = reduce.layout.mask(KINDS, int(plan.rank[sums.ok].max())).to(server.row.device)
+        had = reduce.layout.mask(KINDS, int(sent_ranks[sums.ok].max())).to(server.row.device)
         row = torch.where(had, (sums.totals[0] / sums.weights[0]).float(), server.row)
         return server.after(plan, row, {"ranks": ranks})
 

@@ -16,7 +16,7 @@ x = -2.
 
 Paper: Karimireddy et al., arXiv:1910.06378, algorithm 1. OpenFedLLM weighs x by examples, keeps
 scale 1, and subtracts lr (c - c_k) behind AdamW's step instead of adding c - c_k to the gradient:
-`equal = false`, `scale = 1`, `behind = true`.
+`equal = false`, `behind = true`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Scaffold(FedAvg):
         equal: every client counts the same in x, as published.
         eta: server rate.
         scale: gradient that a mean step of the size of the rate stands for: 1 is the paper's, for
-            SGD; 0 takes 1 / sqrt(P), for AdamW.
+            SGD; 0 takes 1 / sqrt(P), for AdamW, or with `behind` 1.
         behind: c - c_k, times the rate, is taken from x behind the optimiser's step.
     """
 
@@ -90,7 +90,7 @@ class Scaffold(FedAvg):
     ) -> Iterator[ClientUpdates]:  # fmt: skip
         """Write c_k', and move c by what was written: rounding never parts c from their mean."""
         used = server.memory["c"].float()
-        scale = self.scale or reduce.layout.numel() ** -0.5
+        scale = self.scale or (1.0 if self.behind else reduce.layout.numel() ** -0.5)
         for block in updates:
             # At rate 0, where a schedule may end, a client learns nothing of its gradient.
             for i in np.flatnonzero(block.ok & (plan.lr[block.index] > 0)):
