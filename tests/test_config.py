@@ -67,7 +67,7 @@ REFUSED: dict[str, list[Any]] = {
     "channel.compression": ["gzip", 8], "channel.block": [0, 256.0], "channel.keep": [0.0, 1.1],
     "channel.feedback": [1, "yes"], "channel.secure": [1, "yes"],
     "channel.threshold": [0.5, 1.1], "channel.bits": [15, 49, 32.0], "channel.range": [0.0, "1"],
-    "privacy.level": ["example", 1], "privacy.noise": [0.0, "1"], "privacy.clip": [0.0, -1.0],
+    "privacy.level": ["examples", 1], "privacy.noise": [0.0, "1"], "privacy.clip": [0.0, -1.0],
     "privacy.adaptive": [1, "yes"], "privacy.quantile": [0.0, 1.0], "privacy.clip_rate": [0.0],
     "privacy.delta": [0.0, 1.0],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
@@ -224,7 +224,7 @@ def test_resolved_is_read_back_as_it_was(tmp_path: Path, path: Path | None) -> N
     optional |= {
         f"channel.{k}" for k in ("block", "keep", "feedback", "threshold", "bits", "range")
     }
-    optional |= {f"privacy.{k}" for k in ("noise", "clip", *privacy.DEFAULTS)}
+    optional |= {f"privacy.{k}" for k in privacy.KEYS}
     assert set(KEYS) - optional <= written <= set(KEYS)
 
 

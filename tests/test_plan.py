@@ -303,8 +303,13 @@ def test_chunks_by_hand() -> None:
     assert alone.units == shared.units == ((0, 2), (2, 4))
     assert alone.load == Load((64, 80)) and shared.load == Load((64, 64))
     fast = cut(made, np.arange(4), Train(), share=True)
-    assert fast.load.units == (30, 30, 50, 20) and fast.weight == 1 / 55
+    assert fast.load.units == (30, 30, 50, 20)
+    assert fast.weights.tolist() == [1 / 55] * 4
     assert [fast.load.rows(a, b) for a, b in ((0, 4), (1, 3), (2, 3))] == [106, 72, 50]
+    for train in (strict, Train()):  # each with a loss of its own: 10, 10, 30 and 5 labels
+        single = cut(made, np.arange(4), train, share=False, alone=True)
+        assert single.units == ((0, 1), (1, 2), (2, 3), (3, 4))
+        assert single.weights.tolist() == [1 / 10, 1 / 10, 1 / 30, 1 / 5]
     small = cut(made, np.arange(4), Train(mode="strict", chunk_tokens=51, tile=16), share=True)
     assert small.units == ((0, 1), (1, 2), (2, 3), (3, 4))
     assert small.load == Load((32, 32, 64, 32))
