@@ -58,7 +58,8 @@ def configure(clients: int, batch: int, **train: Any) -> Any:
             "recompute": "never", "graphs": "never", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
             "weight_decay": 0.0, "clip_norm": 1.0, **train,
         }),
-        per_round=clients, largest_chunk=512,
+        privacy=SimpleNamespace(of_clients=False, of_examples=False),
+        per_round=clients, most_clients=clients, largest_chunk=512,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype
 from fedsim.packing import filled, pack, passes
 from fedsim.plan import pass_budget, plan_round, step_examples
-from fedsim.record import MIB, PLAIN, Meter, traffic, transfer_mib
+from fedsim.record import MIB, Meter, traffic, transfer_mib
 
 # fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
 _BYTES_PER_SLOT_NUMBER = 32
@@ -81,7 +81,7 @@ class Estimate:
         numbers = [self.layout.numel(r) for r in (ranks[0], ranks[-1])]
         sizes = [f"{transfer_mib(n):,.1f}" for n in numbers]
         yield "one transfer", " to ".join(dict.fromkeys(sizes)) + " MiB"
-        if self.wire != PLAIN:
+        if self.wire != Wire():
             sizes = [f"{self.wire.up(n, c.per_round) / MIB:,.1f}" for n in numbers]
             yield "one upload", " to ".join(dict.fromkeys(sizes)) + " MiB"
         least = "at least " if self.joins else ""  # what joins the base is known round by round

@@ -29,12 +29,12 @@ from torch import Tensor
 from fedsim import seeds
 from fedsim.batch import on_device
 from fedsim.core import ClientUpdates, LocalRule, Population, RoundPlan
-from fedsim.privacy import Privacy
 
 if TYPE_CHECKING:
     from fedsim.adapters import AdapterBank
     from fedsim.config import Config
     from fedsim.packing import Parts
+    from fedsim.privacy import Privacy
 
 
 def drawn(batch: int, n: int, key: int, client: int, round: int, step: int) -> np.ndarray:

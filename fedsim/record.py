@@ -11,17 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedsim.channel import Wire
 from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan
 from fedsim_kernels import dispatch, native
 
+if TYPE_CHECKING:
+    from fedsim.channel import Wire  # bench/gpu.py runs where pydantic is not installed
+
 MIB = 1 << 20
-PLAIN = Wire()
 FLOWERTUNE_BUDGET_MIB = 200_000  # flowertune.md 1.4: both directions, all rounds
 PACKAGES = ("fedsim-llm", "torch", "transformers", "peft", "datasets", "safetensors", "numpy",
              "bitsandbytes", "deepspeed", "triton", "vllm")  # fmt: skip
@@ -46,14 +47,15 @@ def transfer_mib(numbers: int) -> float:
 
 
 def traffic(
-    rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int], wire: Wire = PLAIN
+    rule: LocalRule, layout: AdapterLayout, ranks: Sequence[int], wire: Wire | None = None
 ) -> tuple[float, float]:
     """MiB that clients of these ranks receive and send in a round."""
     m, down, up = len(ranks), 0.0, 0.0
     for r in ranks:
         received = layout.numel(r, rule.down) + rule.more_down * r // layout.rank + rule.base_down
-        down += (received * 4 + wire.down(m)) / MIB
-        pieces = wire.up(layout.numel(r, rule.up), m)
+        numbers = layout.numel(r, rule.up)
+        down += (received * 4 + (wire.down(m) if wire else 0)) / MIB
+        pieces = wire.up(numbers, m) if wire else 4 * numbers
         up += (pieces + rule.more_up * r // layout.rank * 4) / MIB
     return down, up
 
@@ -216,7 +218,7 @@ def _mean(losses: list[float | None]) -> float | None:
 
 def round_line(
     plan: RoundPlan, rule: LocalRule, clients: list[dict[str, Any]], layout: AdapterLayout,
-    meter: Meter, before: float, wire: Wire = PLAIN,
+    meter: Meter, before: float, wire: Wire | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The line of a round: losses over its healthy clients, traffic, seconds, memory.
 
