@@ -38,6 +38,7 @@ from fedsim.core import AdapterLayout, ClientUpdates, RoundPlan
 from fedsim.errors import FedSimError
 from fedsim.factors import Products
 from fedsim.reduce import Reduce
+from fedsim.rehearsal import Forgetful
 
 MIB = 1 << 20
 RANK, SCALE, KEY = 16, 2.0, 1
@@ -83,19 +84,6 @@ def flexlora(wide: int, repeats: int) -> tuple[dict[str, float], float]:
     arms = {"qr": Arm(ours, ours), "dense": Arm(dense, lambda: None)}
     timed = harness.time_arms(arms, repeats, "flexlora")
     return harness.ratio(timed["dense"].seconds, timed["qr"].seconds), error
-
-
-class Forgetful:
-    """A client memory that nobody has visited, and that keeps nothing."""
-
-    def read(self, name: str, client: int) -> Tensor | None:
-        return None
-
-    def write(self, name: str, client: int, row: Tensor) -> None:
-        pass
-
-    def clients(self, name: str) -> list[int]:
-        return []
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedsim.section import Section
+from fedsim.section import Section, with_defaults
 
 KEY, SHARE = 32, 32  # bytes: X25519, and a share of a secret of 256 bits
 BITS = {"int8": 8, "int4": 4}
@@ -67,11 +67,9 @@ class Channel(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        kind = values.get("compression")
-        more = OPTIONS.get(kind, {}) if isinstance(kind, str) else {}
-        return {**more, **(SECURE if values.get("secure") is True else {}), **values}
+        values = with_defaults(values, "compression", OPTIONS)
+        on = isinstance(values, Mapping) and values.get("secure") is True
+        return {**SECURE, **values} if on else values
 
     def misfit(self, clients: int) -> str:
         """What does not go together, in the words of an error; or "".

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedsim.section import Section
+from fedsim.section import Section, with_defaults
 
 # What each partition takes besides number and labels, with its default.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,10 +46,7 @@ class Clients(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        partition = values.get("partition")
-        return {**(OPTIONS.get(partition, {}) if isinstance(partition, str) else {}), **values}
+        return with_defaults(values, "partition", OPTIONS)
 
     @property
     def options(self) -> dict[str, Any]:

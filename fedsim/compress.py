@@ -68,6 +68,7 @@ def through(
 
     One whose row is not finite behind the channel has failed: a server refuses it.
     """
+    masks: dict[int, Tensor] = {}  # of P numbers, by rank: one for the round, not for each client
     for block in updates:
         if channel.compression == "none" or not block.ok.any():
             yield block
@@ -75,8 +76,10 @@ def through(
         row, ok = block.row.clone(), block.ok.copy()
         for i in np.flatnonzero(block.ok):
             at = int(block.index[i])
-            client, has = int(plan.client_ids[at]), layout.mask(rule.up, int(plan.rank[at]))
-            has = has.to(row.device)
+            client, rank = int(plan.client_ids[at]), int(plan.rank[at])
+            if rank not in masks:
+                masks[rank] = layout.mask(rule.up, rank).to(row.device)
+            has = masks[rank]
             if not has.any():
                 continue
             start = (block.start if block.start.ndim == 1 else block.start[i])[has]

@@ -236,8 +236,8 @@ class Strategy:
         return LocalRule(server.row)
 
     def step(self, plan: RoundPlan, updates: Iterator[ClientUpdates], reduce: Reduce) -> Tensor:
-        """What the row moves by, (P,) fp32 or fp64."""
-        raise NotImplementedError
+        """What the row moves by, (P,) fp32 or fp64; a rule with its own `aggregate` needs none."""
+        raise NotImplementedError  # `strategies.load` refuses a rule that has neither
 
     def aggregate(
         self, server: ServerState, plan: RoundPlan, updates: Iterator[ClientUpdates],

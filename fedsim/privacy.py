@@ -12,12 +12,11 @@ not released.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedsim.section import Section
+from fedsim.section import Section, with_defaults
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -48,9 +47,7 @@ class Privacy(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not isinstance(values.get("level"), str):
-            return values
-        return {**DEFAULTS.get(values["level"], {}), **values}
+        return with_defaults(values, "level", DEFAULTS)
 
     @property
     def on(self) -> bool:

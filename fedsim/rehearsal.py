@@ -33,7 +33,7 @@ from fedsim.secure import Ring
 LAYOUT = AdapterLayout.build({"q": (4, 4)}, 2, dora=True)
 
 
-class _Forgetful:
+class Forgetful:
     """A client memory in which nothing is found."""
 
     def read(self, name: str, client: int) -> Tensor | None:
@@ -115,7 +115,7 @@ def rehearse(
     server = strategy.start(row, LAYOUT)
     with suppress(RunError):  # what else fails is of a round this small
         given = iter([see(updates) if see else updates])
-        after = strategy.aggregate(server, plan, given, reduce, _Forgetful())
+        after = strategy.aggregate(server, plan, given, reduce, Forgetful())
         if see and not all(v.isfinite().all() for v in (after.row, *after.memory.values())):
             raise ConfigError(
                 "privacy.level: the rule needs losses of clients, which no noise hides",

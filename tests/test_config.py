@@ -316,6 +316,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "from dataclasses import replace\nfrom fedsim.domains.finance import DOMAIN as F\n"
         "DOMAIN = replace(F, name='mine', clients=3)\n"
     )
+    (package / "bare.py").write_text(
+        "from dataclasses import dataclass\nfrom fedsim.core import Strategy\n"
+        "@dataclass(frozen=True)\nclass Bare(Strategy):\n    '''Nothing.'''\n"
+        "@dataclass(frozen=True)\nclass Other:\n    '''Not one.'''\n"
+        "STRATEGY = Bare\n"
+    )
+    (package / "other.py").write_text("from mine.bare import Other\nSTRATEGY = Other\n")
     (package / "empty.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [n for n in sys.modules if n.split(".")[0] == "mine"]:
@@ -338,6 +345,15 @@ def test_a_strategy_and_a_domain_of_ones_own(own: None) -> None:
     assert domains.load("mine.field").clients == 3
     config, _ = cli.configure(None, None, "mine.field", None, ["server.strategy=mine.half"])
     assert (config.clients.number, config.run.name) == (3, "field")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("mine.bare", "a rule with a `step` or an `aggregate`"), ("mine.other", "core.Strategy")],
+)
+def test_half_a_strategy_is_refused_before_the_run(own: None, name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        strategies.load(name)
 
 
 @pytest.mark.parametrize("load", [domains.load, strategies.load])

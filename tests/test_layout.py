@@ -202,6 +202,19 @@ def test_what_is_installed_is_what_there_is() -> None:
     assert [p for p in patterns if not any(fnmatch(d, p) for d in data)] == []
 
 
+def test_the_audit_names_tests_that_there_are() -> None:
+    """`test_x.py::test_y`, or `::test_z` of the file named last."""
+    file, seen = "", 0
+    for found in re.findall(r"`(?:(test_\w+\.py))?(?:::(test_\w+))?`",
+                            (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")):  # fmt: skip
+        if any(found):
+            file, name, seen = found[0] or file, found[1], seen + 1
+            names = {n.name for n in ast.walk(tree(f"tests/{file}"))
+                     if isinstance(n, ast.FunctionDef)}  # fmt: skip
+            assert not name or name in names, f"{file}::{name}"
+    assert seen >= 20
+
+
 def test_setup_probes_nothing() -> None:
     allowed = {"setuptools", "pathlib", "os", "sys", "concurrent"}
     assert {n.split(".")[0] for n in imported("setup.py")} <= allowed

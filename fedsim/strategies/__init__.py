@@ -32,9 +32,15 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
         ConfigError: there is no such rule, or an option is unknown, of another type or impossible.
     """
     rule: Any = names.load(__name__, name, "STRATEGY", "server.strategy")
-    if not (isinstance(rule, type) and is_dataclass(rule)):
+    if not (isinstance(rule, type) and is_dataclass(rule) and issubclass(rule, Strategy)):
         raise ConfigError(
-            "server.strategy", got=name, expected="STRATEGY to be a dataclass",
+            "server.strategy", got=name,
+            expected="STRATEGY to be a dataclass that inherits from fedsim.core.Strategy",
             remedy="Decorate the class with @dataclass(frozen=True); its fields are the options.",
+        )  # fmt: skip
+    if rule.step is Strategy.step and rule.aggregate is Strategy.aggregate:
+        raise ConfigError(
+            "server.strategy", got=name, expected="a rule with a `step` or an `aggregate`",
+            remedy="Write one of them; docs/write-a-strategy.md shows how.",
         )  # fmt: skip
     return cast(Strategy, options_.make(rule, options or {}, "server.options", name))
