@@ -93,6 +93,11 @@ def run(
     assignments: Set = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     fresh: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share out the clients, one for each GPU; on a CPU "
+                     "they share its cores. Under torchrun leave it out."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="A run to compare with: central (one client has all data) or local "
@@ -100,6 +105,15 @@ def run(
     ] = None,
 ) -> None:  # fmt: skip
     """Simulate federated fine-tuning, evaluating before and after."""
+    from fedsim import launch
+
+    if devices and launch.size() not in (1, devices):
+        raise ConfigError(
+            "--devices", got=devices, expected=f"{launch.size()}, as torchrun has started",
+            remedy="Leave it out.",
+        )  # fmt: skip
+    if devices and devices > launch.size():
+        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
     config, ignored = configure(source, preset, domain, data_dir, assignments or [])
     if reference is not None:
         from fedsim import references
@@ -109,6 +123,10 @@ def run(
         out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     _quiet()
     from fedsim import display, report, simulate
+
+    if launch.rank():
+        simulate.run(config)
+        return
     from fedsim.core import pick_device
     from fedsim.evaluate import explain
     from fedsim.record import Meter, implementation

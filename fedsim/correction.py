@@ -34,6 +34,9 @@ class Correction:
     Each time the sum W_0 + delta is formed anew in fp64 and rounded to the base's dtype once, so
     that rounding does not add up over rounds; that of a quantised base is rounded as its computing
     dtype is, not quantised again.
+
+    Attributes:
+        base: what is in the weights now.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
@@ -42,7 +45,7 @@ class Correction:
             for m in site.members
         }  # fmt: skip
         self._loaded: dict[str, Tensor] = {}
-        self._base: Mapping[str, Tensor] = {}  # what is in the weights now
+        self.base: Mapping[str, Tensor] = {}
         self._rounding = 0.0
 
     @torch.no_grad()
@@ -52,7 +55,7 @@ class Correction:
         Returns:
             ||rounded - exact|| / ||delta||, over all corrected modules; 0 without any.
         """
-        if base is self._base:  # the round has left it as it was
+        if base is self.base:  # the round has left it as it was
             return self._rounding
         wanted = {key.rpartition(".")[0] for key in base}
         lost = whole = 0.0
@@ -72,5 +75,5 @@ class Correction:
                 lost += float((weight.double() - exact).square().sum())
                 whole += float(delta.square().sum())
             site.__dict__.pop("norms", None)  # DoRA's, of the weights as they were
-        self._base, self._rounding = base, (lost / whole) ** 0.5 if whole else 0.0
+        self.base, self._rounding = base, (lost / whole) ** 0.5 if whole else 0.0
         return self._rounding

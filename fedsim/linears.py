@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ModelError, nearest
+
+ALIGNED = 64  # bytes: a product's last bit may depend on where its operands lie
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -62,3 +65,17 @@ def groups(modules: dict[str, nn.Linear], seen: dict[str, Tensor]) -> list[list[
     for name, x in seen.items():
         found.setdefault(id(x), []).append(name)
     return [*found.values(), *([name] for name in modules if name not in seen)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` of them; no copy where they lie behind each other, from an aligned place on."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        apart = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if apart or part.storage_offset() != at or not part.is_contiguous():
+            return torch.cat([*parts])
+        at += part.numel()
+    if first.data_ptr() % ALIGNED:
+        return torch.cat([*parts])
+    shape = (sum(len(p) for p in parts), *first.shape[1:])
+    return first.as_strided(shape, first.stride())

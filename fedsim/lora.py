@@ -18,6 +18,7 @@ import fedsim_kernels.dropout
 import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
 from fedsim.core import SiteViews
 from fedsim.dora import magnitude, row_norms, weight_norms
+from fedsim.linears import joined
 from fedsim_kernels.grouped_lora import tiled_linear
 from fedsim_kernels.segments import Segments
 
@@ -140,13 +141,13 @@ class Site(nn.Module):
     def __init__(self, linears: dict[str, nn.Linear], numbers: dict[str, int]) -> None:
         super().__init__()
         parts = list(linears.values())
-        self.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+        self.weight = nn.Parameter(joined([p.weight.data for p in parts]), requires_grad=False)
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
             biases: list[Tensor] = [
-                p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts
+                p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias.data for p in parts
             ]
-            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+            self.bias = nn.Parameter(joined(biases), requires_grad=False)
         members, column = [], 0
         for name, part in linears.items():
             width = part.out_features

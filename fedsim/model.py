@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim import mapped
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
@@ -266,9 +267,12 @@ def stock(
     quantised base has. Raises ModelError where it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
+    dtype = compute_dtype(config, device)
     try:
+        if weights.values is not None:
+            return mapped.read(weights, dtype, attention).to(device)
         model = AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=compute_dtype(config, device), attn_implementation=attention
+            weights.path, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, RuntimeError) as failure:
         raise ModelError(
@@ -277,7 +281,9 @@ def stock(
         ) from failure
     if config.model.quantisation != "none":
         _round_trip(model, config.model.quantisation, config.model.double_quantisation)
-    return model.to(device)
+    model = model.to(device)
+    mapped.align(model)
+    return model
 
 
 def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:

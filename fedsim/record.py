@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import resource
 import sys
@@ -111,6 +112,13 @@ class Meter:
         if losses is not None:
             self._loss = losses
 
+    def took(self, *, tokens: int, steps: int) -> None:
+        """A client that another process has trained is here."""
+        self.tokens += tokens
+        self.steps += steps
+        self.steps_done += steps
+        self._trained = self.totals.get("train", 0.0) + time.perf_counter() - self._began
+
     @property
     def utilisation(self) -> float | None:
         """Real rows over the budget, of the round's passes."""
@@ -186,6 +194,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions(),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedsim import checkpoint as checkpoints
-from fedsim import compress, evaluate, peft_io, rehearsal, seeds, strategies
+from fedsim import compress, evaluate, launch, peft_io, rehearsal, seeds, strategies, workers
 from fedsim.accountant import Ledger
 from fedsim.aggregation_error import Drift
 from fedsim.checkpoint import Checkpoint
@@ -35,24 +35,26 @@ def run(
     Raises:
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
     """
-    meter = meter or Meter()
+    if launch.rank():
+        return workers.follow(config)
+    with workers.leading():
+        return lead(config, resume, fresh, meter or Meter())
+
+
+def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
+    """The loop, where others may help to train."""
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
     folder = open_folder(config, resume=resume, fresh=fresh)
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
-    trainer = Trainer(base, world.data.store, world.data.population, config, key)
+    trainer = workers.team(Trainer(base, world.data.store, world.data.population, config, key))
     ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
-    if saved:
-        server, scores = saved.server.to(base.device), saved.scores
-        base.correction.apply(server.base)
-    else:
-        server, scores = begin(config, world, strategy, folder, memory, meter)
-
+    server, scores = begin(config, world, strategy, folder, memory, meter, saved)
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds, due = config.server.rounds, evaluated(config, server.round)
     meter.rounds, meter.device = rounds - server.round, base.device
@@ -91,9 +93,13 @@ def run(
 
 def begin(
     config: Config, world: World, strategy: Strategy, folder: RunFolder, memory: DiskMemory,
-    meter: Meter,
+    meter: Meter, saved: Checkpoint | None,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
-    """A fresh run's server and its scores, on disk."""
+    """The server and its scores to go on from: what was saved, or a fresh run's, on disk."""
+    if saved:
+        server = saved.server.to(world.base.device)
+        world.base.correction.apply(server.base)
+        return server, saved.scores
     folder.write_json("environment.json", describe(config, world))
     server, scores = world.first(strategy, config.adapter), []
     if config.evaluate.first:

@@ -40,11 +40,17 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """A model folder on disk, and a line for the record on where it came from."""
+    """A model folder on disk, and a line for the record on where it came from.
+
+    Attributes:
+        name: what an exported adapter names as its base.
+        values: a file of the weights as they are computed with, if there is one (`mapped.py`).
+    """
 
     path: Path
     origin: str
-    name: str  # what an exported adapter names as its base
+    name: str
+    values: Path | None = None
 
     def digest(self) -> str:
         """sha256 over the weight files and the model's configuration."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim import attack, domains, evaluate, model, peft_io, pissa, record, seeds, weights
+from fedsim import attack, domains, evaluate, launch, model, peft_io, pissa, record, seeds, weights
 from fedsim import config as configuration
 from fedsim.adapters import initial_row
 from fedsim.config import Config
@@ -25,6 +25,7 @@ from fedsim.core import (
 from fedsim.data import sources, training
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Sampling, own_sampling
+from fedsim.mapped import mapped
 from fedsim.plan import pass_budget
 
 
@@ -105,6 +106,9 @@ def load_world(config: Config, key: int) -> World:
     tests = evaluate.suite(config, domain, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
+    if launch.size() > 1 and device.type == "cpu":
+        dtype = model.compute_dtype(config, device)
+        found = mapped(found, config, dtype, lambda: model.stock(found, config, device, "eager"))
     base = model.load(found, config, device, targets)
     engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
     digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
