@@ -199,6 +199,33 @@ def aggregation() -> str:
     ])  # fmt: skip
 
 
+def workers() -> str:
+    """What a second process gives and costs, from workers.json."""
+    if not (result := _measured("workers")):
+        return ""
+    lines = [
+        "| whole rounds | s a round | memory, MiB | private | mapped |",
+        "|---|---|---|---|---|",
+    ]
+    for name, used in result["memory_mib"].items():
+        seconds = sorted(result["seconds"][name])
+        processes, threads = name.split(" x ")
+        lines.append(
+            f"| {processes} process{'es' * (processes != '1')} x {threads} "
+            f"thread{'s' * (threads != '1')} | {_three(seconds[len(seconds) // 2])} | "
+            + " | ".join(f"{used[k]:,.0f}" for k in ("Pss", "Pss_Anon", "Pss_File")) + " |"
+        )  # fmt: skip
+    gain, extra = result["efficiency_2"], result["summary"]["extra_process_mb_over_base_mb"]
+    return "\n".join([
+        *lines, "",
+        f"Two processes of one thread over one of two: {_cell(gain)} (target 0.9). The second one "
+        f"adds {extra:.2f} of the base's {result['base_mib']:,.0f} MiB, its own Python, activations "
+        "and slots included (proportional set size); the base is one mapped file. "
+        f"SmolLM2-135M-Instruct, 12 clients of FinGPT sentiment; {_machine(result)}. "
+        "`bench/bench_workers.py`.",
+    ])  # fmt: skip
+
+
 def _three(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -207,7 +234,7 @@ def _three(value: float) -> str:
 def render(text: str) -> str:
     """The README with its generated parts renewed."""
     parts = {"demo": demo, "bench": clients, "engine": engine, "eval": evaluation,
-             "aggregation": aggregation, "domains": domains}  # fmt: skip
+             "aggregation": aggregation, "workers": workers, "domains": domains}  # fmt: skip
     for name, make in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)
