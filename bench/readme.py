@@ -218,9 +218,9 @@ def workers() -> str:
     gain, extra = result["efficiency_2"], result["summary"]["extra_process_mb_over_base_mb"]
     return "\n".join([
         *lines, "",
-        f"Two processes of one thread over one of two: {_cell(gain)} (target 0.9). The second one "
-        f"adds {extra:.2f} of the base's {result['base_mib']:,.0f} MiB, its own Python, activations "
-        "and slots included (proportional set size); the base is one mapped file. "
+        f"Two processes of one thread over one of two: {_cell(gain)} (target 0.9). The second "
+        f"adds {extra:.2f} of the base's {result['base_mib']:,.0f} MiB, with its own Python, "
+        "activations and slots (proportional set size); the base is one mapped file. "
         f"SmolLM2-135M-Instruct, 12 clients of FinGPT sentiment; {_machine(result)}. "
         "`bench/bench_workers.py`.",
     ])  # fmt: skip

@@ -161,3 +161,21 @@ def on_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = tor
     """Host numbers as a tensor; a GPU takes them from pinned memory, when it comes to it."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Reading:
+    """A copy of device numbers, on its way to the host until it is asked for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._host = values
+
+    def tensor(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

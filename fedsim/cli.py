@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,7 +97,8 @@ def run(
     devices: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that share out the clients, one for each GPU; on a CPU "
-                     "they share its cores. Under torchrun leave it out."),
+                     "they share its cores. Any number gives the same bits in strict mode, at the "
+                     "same OMP_NUM_THREADS. Under torchrun leave it out."),
     ] = None,
     reference: Annotated[
         str | None,
@@ -119,18 +121,19 @@ def run(
         from fedsim import references
 
         config = references.reference(config, reference)
-    if ignored:
-        out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     _quiet()
     from fedsim import display, report, simulate
 
     if launch.rank():
-        simulate.run(config)
+        with suppress(KeyboardInterrupt):  # the leader was interrupted as well, and says so
+            simulate.run(config)
         return
     from fedsim.core import pick_device
     from fedsim.evaluate import explain
     from fedsim.record import Meter, implementation
 
+    if ignored:
+        out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
     c = config
     out.print(
         f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "

@@ -9,7 +9,7 @@ long as it is of the same process.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,13 @@ class DiskMemory:
             return free.pop()
         free[0] += 1
         return free[0] - 1
+
+    def of(self, clients: Sequence[int]) -> DiskMemory:
+        """The same files, to read the rows of these clients in this round."""
+        some = DiskMemory(self._folder.absolute(), self._size)
+        some._now = {name: {int(c): places[int(c)] for c in clients if int(c) in places}
+                     for name, places in self._now.items()}  # fmt: skip
+        return some
 
     def clients(self, name: str) -> list[int]:
         """Those that have such a row, ascending."""

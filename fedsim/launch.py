@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_FOREVER = timedelta(days=30)  # a process that has died is noticed at once, by its connection
+from fedsim.core import pick_device
+from fedsim.errors import ConfigError
+
+_LONGEST = timedelta(days=1)  # that one waits for another; one that dies breaks its connection
+_NOTICE, _END = 20, 300  # tenths of a second that a leader may take to say who is gone, and to end
 
 
 def rank() -> int:
@@ -30,11 +35,30 @@ def size() -> int:
 
 
 def join() -> None:
-    """Meet the other processes; each takes the GPU of its number on its machine."""
+    """Meet the other processes."""
     if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("gloo", timeout=_FOREVER)
+        dist.init_process_group("gloo", timeout=_LONGEST)
+
+
+def take_device(name: str) -> None:
+    """Let `cuda` mean the GPU of this process's number on its machine.
+
+    Args:
+        name: `run.device`.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes, or all would be on one.
+    """
+    device, local = pick_device(name), int(os.environ.get("LOCAL_RANK", "0"))
+    if size() == 1 or device.type != "cuda":
+        return
+    if device.index is not None or local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device, with process {local} of this machine", got=name,
+            expected=f"cuda, and at most {torch.cuda.device_count()} processes, one for each GPU",
+            remedy="Set run.device to cuda or cpu, or lower --devices.",
+        )  # fmt: skip
+    torch.cuda.set_device(local)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -52,22 +76,30 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     command = [sys.executable, "-m", "fedsim", *arguments]
-    leader, *followers = [
-        subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(count)
-    ]
-    lost = 0  # tenths of a second since a follower has died; the leader may notice by itself
+    processes = [subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)})
+                 for r in range(count)]  # fmt: skip
+    leader, *followers = processes
+    signal.signal(signal.SIGTERM, lambda *_: leader.terminate())
+    lost = 0  # tenths of a second since a follower has ended badly
     while leader.poll() is None:
         try:
-            lost += any(f.poll() for f in followers)
-            if lost == 20:
+            bad = [r for r, p in enumerate(processes) if p.poll()]
+            if bad and not lost:
+                print(f"process {bad[0]} ended: {processes[bad[0]].returncode}", file=sys.stderr)
+            lost += bool(bad)
+            if lost == _NOTICE:
                 leader.terminate()
+            elif lost == _END:
+                leader.kill()
             time.sleep(0.1)
         except KeyboardInterrupt:  # the leader was interrupted as well, and says so
             continue
+    until = time.monotonic() + _END / 10
     for follower in followers:
+        if leader.returncode:
+            follower.terminate()
         try:
-            follower.wait(timeout=10)
+            follower.wait(timeout=max(until - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             follower.kill()
     code = leader.returncode

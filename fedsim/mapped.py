@@ -19,10 +19,10 @@ import torch
 from fedsim.checkpoint import write_failed
 from fedsim.config import Config
 from fedsim.data.tokens import cache_root
+from fedsim.errors import ModelError
 from fedsim.linears import ALIGNED, groups, inputs_of, linears
+from fedsim.record import versions
 from fedsim.weights import Weights
-
-_FORMAT = "1"  # raise when the file's meaning changes
 
 
 def mapped(
@@ -36,10 +36,10 @@ def mapped(
     Raises:
         RunError: the disk is full or not writable.
     """
-    # Changed weights get another file. By place, size and time: a digest of 28 GB of weights takes
-    # longer than loading them.
+    # Changed weights and other versions get another file. By place, size and time: a digest of
+    # 28 GB of weights takes longer than loading them.
     model = config.model
-    parts = [_FORMAT, str(dtype), model.quantisation, str(model.double_quantisation)]
+    parts = [str(versions()), str(dtype), model.quantisation, str(model.double_quantisation)]
     for source in sorted(weights.path.resolve().iterdir()):
         stat = source.stat()
         parts += [str(source), str(stat.st_size), str(stat.st_mtime_ns)]
@@ -53,11 +53,15 @@ def mapped(
         partial = file.with_name(f".{name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"class": type(whole).__name__, "values": whole.state_dict()}, partial)
+            with partial.open("wb") as stream:
+                torch.save({"class": type(whole).__name__, "values": whole.state_dict()}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
             partial.replace(file)
         except (OSError, RuntimeError) as failure:  # torch reports a full disk as the latter
-            partial.unlink(missing_ok=True)
             raise write_failed(file, OSError(str(failure))) from failure
+        finally:
+            partial.unlink(missing_ok=True)
     return replace(weights, values=file)
 
 
@@ -87,15 +91,29 @@ def align(model: torch.nn.Module) -> None:
 
 
 def read(weights: Weights, dtype: torch.dtype, attention: str | None) -> Any:
-    """transformers' causal LM over the mapped file."""
+    """transformers' causal LM over the mapped file.
+
+    Raises:
+        ModelError: the file is not whole.
+    """
     import transformers
 
     assert weights.values is not None
-    found = torch.load(weights.values, mmap=True, weights_only=True)
-    model = getattr(transformers, found["class"]).from_pretrained(
-        None, config=transformers.AutoConfig.from_pretrained(weights.path),
-        state_dict=found["values"], dtype=dtype, attn_implementation=attention,
-    )  # fmt: skip
+    try:
+        found = torch.load(weights.values, mmap=True, weights_only=True)
+        model, report = getattr(transformers, found["class"]).from_pretrained(
+            None, config=transformers.AutoConfig.from_pretrained(weights.path),
+            state_dict=found["values"], dtype=dtype, attn_implementation=attention,
+            output_loading_info=True,
+        )  # fmt: skip
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise RuntimeError(f"without {sorted(report['missing_keys'])[:3]}")
+    except (OSError, RuntimeError, EOFError) as failure:
+        raise ModelError(
+            f"{weights.values} cannot be mapped ({failure})",
+            expected="the file of this base",
+            remedy="Delete it; the next run writes it again.",
+        ) from failure
     if (weights.path / "generation_config.json").is_file():
         settings = transformers.GenerationConfig.from_pretrained(weights.path)
         model.generation_config = settings

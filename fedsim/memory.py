@@ -37,15 +37,16 @@ def activation_bytes(hf: Any, rows: int, itemsize: int, *, recompute: bool = Fal
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that the device can still give."""
+    """Memory that the device can still give to one of the processes that share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     table = Path("/proc/meminfo")
     if table.is_file():  # Linux; free pages alone would leave out what the page cache gives back
         for line in table.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                return int(line.split()[1]) * 1024 // sharing
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
 
 
 def recomputes(config: Config, hf: Any, device: torch.device, dtype: torch.dtype) -> bool:

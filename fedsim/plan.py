@@ -17,7 +17,7 @@ from fedsim.config import Config
 from fedsim.core import Population, RoundPlan
 from fedsim.dp_sgd import drawn
 
-_WAITING = 4  # finished clients for each slot that may wait for one that comes before them
+WAITING = 4  # finished clients for each slot that may wait for one that comes before them
 
 
 def pass_budget(config: Config, device: torch.device) -> int:
@@ -226,7 +226,7 @@ class _Lane:
     def admit(self) -> list[tuple[int, int]]:
         """Give free slots to waiting clients: (slot, client)."""
         out = []
-        end = self.unfinished + _WAITING * self._slots
+        end = self.unfinished + WAITING * self._slots
         for slot in range(self._slots):
             waiting = list(takewhile(lambda c: c < end, self._queue))
             if slot in self.residents or not waiting:

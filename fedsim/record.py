@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import resource
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedsim import launch
 from fedsim.core import AdapterLayout, ClientUpdates, LocalRule, RoundPlan
 from fedsim_kernels import dispatch, native
 
@@ -194,7 +194,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": launch.size(),
         "versions": versions(),
     }
 

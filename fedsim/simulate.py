@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def run(
     Raises:
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
     """
+    launch.take_device(config.run.device)
     if launch.rank():
         return workers.follow(config)
     with workers.leading():
@@ -72,6 +74,7 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
             reduce = combining(config, world, server, rule)
             try:
                 server = reduce.after(strategy.aggregate(server, plan, updates, reduce, memory))
+                deque(updates, 0)  # a rule may have stopped before the last
             finally:  # where all clients failed, their losses are what a person looks for now
                 clients = client_lines(plan, seen)
                 folder.append("clients.jsonl", clients)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim import seeds
 from fedsim.adapters import AdapterBank
-from fedsim.batch import PackedBatch, on_device
+from fedsim.batch import PackedBatch, Reading, on_device
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Works lanes of clients off through the K slots of one device."""
+    """Works lanes of clients off through the K slots of one device.
+
+    Args:
+        host: leave the rows of finished clients on the CPU.
+    """
 
     def __init__(
-        self, base: Base, store: TokenStore, population: Population, config: Config, key: int
-    ) -> None:
+        self, base: Base, store: TokenStore, population: Population, config: Config, key: int,
+        *, host: bool = False,
+    ) -> None:  # fmt: skip
         self.base, self.store, self.population = base, store, population
-        self.config, self.key = config, key
+        self.config, self.key, self._host = config, key, host
         self.budget = pass_budget(config, base.device)
         slots = min(config.train.slots, config.most_clients)
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
@@ -98,7 +103,8 @@ class Trainer:
                 figures = state.read()
                 for slot, at in shift.leave:
                     row = self.bank.rows[slot].clone()
-                    left[at] = _Finished(visits.pop(slot), slot, row, figures)
+                    kept = Reading(row) if self._host else row
+                    left[at] = _Finished(visits.pop(slot), slot, kept, figures)
             yield left
 
     def gradients(self, plan: RoundPlan, who: dict[int, int], parts: Parts) -> tuple[Tensor, int]:
@@ -238,27 +244,9 @@ class _State:
         if self.heeds:
             self.ok &= ~completes | torch.isfinite(self.loss)
 
-    def read(self) -> _Reading:
+    def read(self) -> Reading:
         """(3, K) first loss, last loss, ok."""
-        return _Reading(torch.stack([self.first, self.loss, self.ok.double()]))
-
-
-class _Reading:
-    """A copy of device numbers, on its way to the host until it is asked for."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event = None
-        if values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._host = values
-
-    def numpy(self) -> np.ndarray:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.numpy()
+        return Reading(torch.stack([self.first, self.loss, self.ok.double()]))
 
 
 @dataclass
@@ -277,15 +265,16 @@ class _Finished:
 
     visit: _Visit
     slot: int
-    row: Tensor  # (P,)
-    figures: _Reading
+    row: Tensor | Reading  # (P,)
+    figures: Reading
 
     def update(self) -> ClientUpdates:
         """Its update; waits until the device has come to its end."""
-        first, last, ok = self.figures.numpy()[:, self.slot]
+        first, last, ok = self.figures.tensor()[:, self.slot].tolist()
+        row = self.row.tensor() if isinstance(self.row, Reading) else self.row
         return ClientUpdates(
             index=np.array([self.visit.index]),
-            row=self.row[None],
+            row=row[None],
             start=self.visit.start,
             tokens=np.array([self.visit.tokens]),
             loss_first=np.array([first]),

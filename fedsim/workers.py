@@ -4,12 +4,15 @@ Each holds the base and trains its share of every lane. The leader runs the simu
 order - plan, rule, what has joined the base - goes out to all, and the rows come back in the plan's
 order, so that the server meets the same updates in the same order whatever the number of
 processes. Inside a round clients need nothing of each other, and nothing else is sent. gloo carries
-all of it, also between GPUs: a row that has left its slot must not wait for a training stream.
+all of it, also between GPUs: a row is small beside the visit that made it.
+
+An error ends all processes. Those on other machines must see the run's folder, where clients' rows
+lie.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 import signal
 import sys
 import time
@@ -29,15 +32,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedsim import seeds
+from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
-from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan
+from fedsim.core import ClientUpdates, LocalRule, RoundPlan
 from fedsim.errors import RunError
 from fedsim.launch import join, rank, size
 from fedsim.local_terms import Starts
+from fedsim.model import Base
+from fedsim.placement import placed, predicted
+from fedsim.plan import WAITING
 from fedsim.record import Meter
 from fedsim.train import Trainer
 
-_WAITING = 4  # rows for each slot that may wait for their turn at the leader
 _inboxes: list[Inbox] = []  # of the round
 
 
@@ -49,7 +55,7 @@ class Order:
     owner: np.ndarray  # (M,) int64, the process of each client
     rule: LocalRule
     base: Mapping[str, Tensor] | None  # None: as it was
-    memory: ClientMemory | None
+    memory: DiskMemory | None
 
 
 @contextmanager
@@ -59,32 +65,6 @@ def _talking(what: str) -> Iterator[None]:
         yield
     except RuntimeError as failure:
         raise RunError(what, remedy="Go on with --resume, on any number of processes.") from failure
-
-
-def placed(work: np.ndarray, processes: int) -> np.ndarray:
-    """(M,) int64: the process of each client, longest first, each where least is to do so far.
-
-    Args:
-        work: (M,) predicted, in any unit.
-    """
-    out = np.zeros(len(work), dtype=np.int64)
-    loads = [(0.0, process) for process in range(processes)]
-    for index in np.argsort(-work, kind="stable"):
-        load, process = loads[0]
-        out[index] = process
-        heapq.heapreplace(loads, (load + float(work[index]), process))
-    return out
-
-
-def predicted(trainer: Trainer, plan: RoundPlan) -> np.ndarray:
-    """(M,) tokens of each client's visit: its steps, of examples of its mean length."""
-    batch, lengths = trainer.config.train.batch, trainer.store.lengths
-    out = np.zeros(len(plan))
-    for index, client in enumerate(plan.client_ids):
-        owned = trainer.population.of(int(client))
-        each = len(owned) / -(-len(owned) // batch)  # the last batch of an epoch may be short
-        out[index] = plan.steps[index] * each * lengths[owned].mean()
-    return out
 
 
 def part(order: Order, process: int) -> RoundPlan:
@@ -99,7 +79,7 @@ def leading() -> Iterator[None]:
 
     def stopped(signum: int, frame: FrameType | None) -> None:
         time.sleep(1)  # the connection may break after the launcher has seen the process end
-        for inbox in _inboxes:
+        for inbox in sorted(_inboxes, key=lambda inbox: inbox.failed):  # others follow the first
             inbox.check()
         sys.exit(128 + signum)
 
@@ -112,11 +92,9 @@ def leading() -> Iterator[None]:
         yield
         dist.broadcast_object_list([None], src=0)
     except BaseException:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # the others learn by it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends, and with its own status
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
 
 
 def team(trainer: Trainer) -> Trainer | Leader:
@@ -133,11 +111,11 @@ class Leader:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._most = _WAITING * trainer.bank.slots
+        self._most = WAITING * trainer.bank.slots
         self._base: Mapping[str, Tensor] | None = None  # what the others have
 
     def train(
-        self, plan: RoundPlan, rule: LocalRule, meter: Meter, memory: ClientMemory | None = None
+        self, plan: RoundPlan, rule: LocalRule, meter: Meter, memory: DiskMemory | None = None
     ) -> Iterator[ClientUpdates]:
         """Every client of the plan, in the plan's order, one update each.
 
@@ -146,20 +124,25 @@ class Leader:
         """
         trainer, base = self._trainer, self._trainer.base.correction.base
         news = None if base is self._base else {k: v.cpu() for k, v in base.items()}
-        owner = placed(predicted(trainer, plan), size())
-        order = Order(plan, owner, on_cpu(rule), news, memory)
+        batch = trainer.config.train.batch
+        owner = placed(predicted(plan, trainer.population, trainer.store, batch), size())
+        needs = rule.personal or rule.control
+        keeps = memory.of(plan.client_ids.tolist()) if memory and needs else None
+        order = Order(plan, owner, _on_cpu(rule), news, keeps)
         with _talking(f"round {plan.round}: a process was gone when the round began"):
             dist.broadcast_object_list([order], src=0)
         self._base = base
-        _inboxes[:] = [Inbox(process, order, self._most, trainer.base.layout.size)
+        _inboxes[:] = [Inbox(process, order, self._most, trainer.base)
                        for process in range(1, size())]  # fmt: skip
         own = trainer.train(part(order, 0), rule, meter, memory)
         starts = Starts(rule, plan, trainer.bank, trainer.config, memory)
         yield from self._in_order(order, own, starts, meter)
+        next(own, None)  # the last pass is over, too
         for inbox in _inboxes:
             passes, rows, room = inbox.take()[0][1:4].tolist()
             meter.passes, meter.rows = meter.passes + int(passes), meter.rows + int(rows)
             meter.room += int(room)
+        _inboxes.clear()
 
     def _in_order(
         self, order: Order, own: Iterator[ClientUpdates], starts: Starts, meter: Meter
@@ -176,7 +159,7 @@ class Leader:
                 mine.append(more)
             head, row = inbox.take()
             meter.took(tokens=int(head[1]), steps=int(order.plan.steps[index]))
-            yield _update(head, row.to(device)[None], starts.of(index))
+            yield _update(head, row.to(device, non_blocking=True)[None], starts.of(index))
 
 
 class Inbox:
@@ -184,15 +167,16 @@ class Inbox:
 
     Args:
         most: rows that may lie here; then the follower waits.
-        numbers: P, of a row.
     """
 
-    def __init__(self, process: int, order: Order, most: int, numbers: int) -> None:
-        self._process, self._order, self._numbers = process, order, numbers
+    def __init__(self, process: int, order: Order, most: int, base: Base) -> None:
+        self._process, self._order = process, order
+        self._numbers, self._pinned = base.layout.size, base.device.type == "cuda"
         lanes = part(order, process).lanes
         self._left = deque(map(int, chain.from_iterable(lanes)))
         self._queue: Queue[tuple[Tensor, Tensor] | None] = Queue(most)
         self._failure: RuntimeError | None = None
+        self.failed = math.inf  # when, by the monotonic clock
         Thread(target=self._receive, daemon=True).start()
 
     @property
@@ -217,9 +201,7 @@ class Inbox:
         clients = ", ".join(str(plan.client_ids[i]) for i in left[:8])
         raise RunError(
             f"round {plan.round}: process {self._process} is gone, with "
-            + (
-                f"clients {clients}{' ...' * (len(left) > 8)} to go" if left else "its clients done"
-            ),
+            + (f"clients {clients}{' ...' * (len(left) > 8)} to go" if left else "none to go"),
             remedy="Its own message may stand above. Finished rounds are on disk: go on with "
             "--resume, on any number of processes.",
         ) from self._failure
@@ -227,15 +209,18 @@ class Inbox:
     def _receive(self) -> None:
         try:
             while True:
-                head, row = torch.empty(6, dtype=torch.float64), torch.empty(self._numbers)
+                head = torch.empty(6, dtype=torch.float64)
                 dist.recv(head, self._process)
-                if head[0] < 0:
-                    self._queue.put((head, row))
-                    return
-                dist.recv(row, self._process)
+                # Pinned, so that the leader's copy to its GPU waits for nothing.
+                numbers = self._numbers if head[0] >= 0 else 0
+                row = torch.empty(numbers, pin_memory=self._pinned)
+                if numbers:
+                    dist.recv(row, self._process)
                 self._queue.put((head, row))
+                if not numbers:
+                    return
         except RuntimeError as failure:
-            self._failure = failure
+            self._failure, self.failed = failure, time.monotonic()
             self._queue.put(None)
 
 
@@ -247,7 +232,7 @@ def _update(head: Tensor, row: Tensor, start: Tensor) -> ClientUpdates:
     )  # fmt: skip
 
 
-def on_cpu(rule: LocalRule) -> LocalRule:
+def _on_cpu(rule: LocalRule) -> LocalRule:
     """The same rule, to be sent."""
     correction = None if rule.correction is None else rule.correction.cpu()
     return replace(rule, start=rule.start.cpu(), correction=correction)
@@ -264,11 +249,11 @@ def follow(config: Config) -> Path:
     gone = "the leading process is gone"
     with _talking(gone):
         join()
-        dist.barrier()
+        dist.barrier()  # the leader has loaded, and left it in the caches
     key = seeds.run_key(config.run.seed)
     silent = config.evaluate.model_copy(update={"limit": 0})
     world = load_world(config.model_copy(update={"evaluate": silent}), key)
-    trainer = Trainer(world.base, world.data.store, world.data.population, config, key)
+    trainer = Trainer(world.base, world.data.store, world.data.population, config, key, host=True)
     box: list[Order | None] = [None]
     while True:
         with _talking(gone):
@@ -282,7 +267,7 @@ def follow(config: Config) -> Path:
         for update in trainer.train(part(order, rank()), order.rule, meter, order.memory):
             with _talking(gone):
                 dist.send(_head(update), 0)
-                dist.send(update.row[0].cpu(), 0)
+                dist.send(update.row[0], 0)
         end = [-1, meter.passes, meter.rows, meter.room, 0, 0]
         with _talking(gone):
             dist.send(torch.tensor(end, dtype=torch.float64), 0)

@@ -26,7 +26,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from fedsim.workers import placed
+from fedsim.placement import placed
 
 RULES: dict[str, dict[str, Any]] = {
     "scaffold": {},
