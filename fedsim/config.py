@@ -37,8 +37,9 @@ class Model(Section):
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantisation: Literal["none", "fp4", "nf4"] = "none"
+    quantisation: Literal["none", "fp4", "nf4", "int8"] = "none"
     double_quantisation: bool = False
+    hold: Literal["auto", "packed", "dense"] = Field("auto", description="of a quantised base")
 
 
 class Adapter(Section):
@@ -182,9 +183,8 @@ class Config(Section):
                 f"clients.partition: got {self.clients.partition}; expected iid with "
                 "run.protocol = flowertune"
             )
-        channel = self.channel.misfit(self.per_round)
-        private = self.privacy.misfit(self)
-        if misfit := self.clients.misfit() or self.attack.misfit() or channel or private:
+        server = self.channel.misfit(self.per_round) or self.privacy.misfit(self)
+        if misfit := self.clients.misfit() or self.attack.misfit() or server:
             raise ValueError(misfit)
         return self
 

@@ -61,7 +61,7 @@ class Correction:
         lost = whole = 0.0
         for module in sorted(wanted | self._loaded.keys()):
             site, span = self._parts[module]
-            weight = site.weight.data[span]
+            weight = site.open()[span]
             if module not in self._loaded:
                 self._loaded[module] = weight.clone()
             loaded = self._loaded[module]

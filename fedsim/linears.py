@@ -1,14 +1,17 @@
-"""The linears of a model: which carry adapters, and which read the same input."""
+"""The linears of a model: which carry adapters, which read the same input, and their product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.errors import ModelError, nearest
+from fedsim_kernels.grouped_lora import tiled_linear, whole
 
 ALIGNED = 64  # bytes: a product's last bit may depend on where its operands lie
 
@@ -79,3 +82,26 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([*parts])
     shape = (sum(len(p) for p in parts), *first.shape[1:])
     return first.as_strided(shape, first.stride())
+
+
+class _Tiled(torch.autograd.Function):
+    """x W^T + bias in products of a fixed number of rows, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+        ctx.weight, ctx.tile = weight, tile
+        out: Tensor = tiled_linear(x, weight, bias, tile)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight = whole(ctx.weight)
+        return tiled_linear(grads[0].contiguous(), weight.T, None, ctx.tile), None, None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    """(T, I) -> (T, O) without adapters, differentiable in x."""
+    if not tile and not hasattr(weight, "renew"):
+        return F.linear(x, weight, bias)
+    out: Tensor = _Tiled.apply(x, weight, bias, tile)  # type: ignore[no-untyped-call]
+    return out

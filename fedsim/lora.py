@@ -7,8 +7,7 @@ the A of all their adapters serve q, k and v, or gate and up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ import fedsim_kernels.dropout
 import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
 from fedsim.core import SiteViews
 from fedsim.dora import magnitude, row_norms, weight_norms
-from fedsim.linears import joined
-from fedsim_kernels.grouped_lora import tiled_linear
+from fedsim.linears import frozen_linear, joined
+from fedsim.quantised import PackedLinear, renewed
 from fedsim_kernels.segments import Segments
 
 
@@ -92,28 +91,6 @@ class Pass:
         )
 
 
-class _Tiled(torch.autograd.Function):
-    """x W^T + bias in products of a fixed number of rows, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-        ctx.weight, ctx.tile = weight, tile
-        out: Tensor = tiled_linear(x, weight, bias, tile)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return tiled_linear(grads[0].contiguous(), ctx.weight.T, None, ctx.tile), None, None, None
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-    """(T, I) -> (T, O) without adapters, differentiable in x."""
-    if not tile:
-        return F.linear(x, weight, bias)
-    out: Tensor = _Tiled.apply(x, weight, bias, tile)  # type: ignore[no-untyped-call]
-    return out
-
-
 @dataclass(frozen=True)
 class Member:
     """One linear of a site.
@@ -134,6 +111,7 @@ class Site(nn.Module):
 
     Attributes:
         members: its linears, in the order of their columns.
+        dense: the weight, unless it is held in fewer bits.
         index: of the adapters in `Pass.factors`, or None where no member has one.
         late: it lies behind the last attention, and sees label rows only.
     """
@@ -141,24 +119,27 @@ class Site(nn.Module):
     def __init__(self, linears: dict[str, nn.Linear], numbers: dict[str, int]) -> None:
         super().__init__()
         parts = list(linears.values())
-        self.weight = nn.Parameter(joined([p.weight.data for p in parts]), requires_grad=False)
+        packed = [p for p in parts if isinstance(p, PackedLinear)]
+        self.dense = None if packed else joined([p.weight.data for p in parts])
+        if packed:
+            self._whole = partial(packed[0].room.whole, [p.packed for p in packed])
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
-            biases: list[Tensor] = [
-                p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias.data for p in parts
-            ]
+            like = next(p.bias for p in parts if p.bias is not None)
+            biases = [like.new_zeros(p.out_features) if p.bias is None else p.bias.data
+                      for p in parts]  # fmt: skip
             self.bias = nn.Parameter(joined(biases), requires_grad=False)
         members, column = [], 0
         for name, part in linears.items():
             width = part.out_features
             members.append(Member(name, column, width, numbers.get(name, -1)))
-            part.weight.data = self.weight.data[column : column + width]  # no second copy
+            if self.dense is not None:
+                part.weight.data = self.dense[column : column + width]  # no second copy
             column += width
-        self.members = tuple(members)
+        self.members, self.width = tuple(members), column
         self.adapted = tuple(m for m in members if m.number >= 0)
-        self.columns, self.widths = (
-            [getattr(m, what) for m in self.adapted] for what in ("column", "width")
-        )
+        self.columns = [m.column for m in self.adapted]
+        self.widths = [m.width for m in self.adapted]
         self.index: int | None = None
         self.late = False
         self.labels: tuple[Tensor, int] | None = None  # label rows and repeats, where it is late
@@ -172,7 +153,23 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, T, I) -> (1, T, O_1 + ... + O_n)."""
-        return self._rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.weight))
+        return self._rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.width)
+
+    @property
+    def weight(self) -> Tensor:
+        """(O_1 + ... + O_n, I); where held in fewer bits, until the next site's is asked for."""
+        return self.rows(slice(None))
+
+    def rows(self, span: slice) -> Tensor:
+        """Some rows of the weight."""
+        whole = self.dense
+        return renewed(lambda: self._whole()[span]) if whole is None else whole[span]
+
+    def open(self) -> Tensor:
+        """The weight to be changed; from now on it is dense."""
+        if self.dense is None:
+            self.dense = self._whole().clone()
+        return self.dense
 
     def _rows(self, x: Tensor) -> Tensor:
         work = self.work
@@ -231,7 +228,7 @@ class Site(nn.Module):
         parts, at = [], 0
         for member in self.members:
             span = slice(member.column, member.column + member.width)
-            weight = self.weight[span]
+            weight = self.rows(span)
             bias = None if self.bias is None else self.bias[span]
             if member.number < 0:
                 parts.append(frozen_linear(x, weight, bias, work.tile))
@@ -259,7 +256,9 @@ class SiteMember(nn.Module):
     def __init__(self, site: Site, at: int, linear: nn.Linear) -> None:
         super().__init__()
         self.__dict__["site"] = site  # not a submodule: the site's owner holds it
-        self.weight, self.bias = linear.weight, linear.bias
+        if not isinstance(linear, PackedLinear):
+            self.weight = linear.weight
+        self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.at = at
 

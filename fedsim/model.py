@@ -27,6 +27,7 @@ from fedsim.fused import (
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
 from fedsim.memory import recomputes
+from fedsim.quantised import holds, quantise
 from fedsim.weights import Weights
 from fedsim_kernels.linear_xent import head_logits
 from fedsim_kernels.segments import Segments
@@ -77,24 +78,6 @@ def check_config(hf: Any, max_length: int, what: str = "data.max_length") -> Non
         )  # fmt: skip
 
 
-def _round_trip(model: nn.Module, kind: str, double: bool) -> None:
-    """4-bit quantise and dequantise every linear but the head, in place.
-
-    The weights get exactly the values that a 4-bit base computes with; memory stays that of the
-    computing dtype. bitsandbytes' own CPU product differs from these values by 2e-2.
-    """
-    import bitsandbytes.functional as bnb
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            w = module.weight.data
-            packed, state = bnb.quantize_4bit(
-                w.contiguous(), quant_type=kind, compress_statistics=double
-            )
-            module.weight.data = bnb.dequantize_4bit(packed, state).to(w.dtype)
-
-
 class Base:
     """A frozen causal LM that all clients share.
 
@@ -119,6 +102,7 @@ class Base:
             stock = model(probe[None], use_cache=False).logits[0].float()
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
+        self.errors: dict[str, float] = getattr(model, "quantisation_errors", {})
         model.set_attn_implementation("fedsim")
         with torch.no_grad():
             self._check(probe, stock)
@@ -168,6 +152,17 @@ class Base:
     @property
     def precision(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """How a quantised base lies in memory, and its weights' relative errors."""
+        if not self.errors:
+            return {}
+        worst = max(self.errors, key=self.errors.__getitem__)
+        mean = sum(self.errors.values()) / len(self.errors)
+        packed = any(site.dense is None for site in self.sites)
+        error = {"mean": mean, "largest": self.errors[worst], "of": worst}
+        return {"held": "packed" if packed else "dense", "quantisation_error": error}
 
     @torch.no_grad()
     def magnitudes(self, row: Tensor) -> Tensor:
@@ -261,26 +256,34 @@ class Base:
 
 
 def stock(
-    weights: Weights, config: Config, device: torch.device, attention: str | None = None
-) -> Any:
+    weights: Weights, config: Config, device: torch.device, attention: str | None = None,
+    *, pack: bool = False,
+) -> Any:  # fmt: skip
     """transformers' own causal LM from a folder, in the computing dtype, with the values that a
-    quantised base has. Raises ModelError where it cannot be loaded."""
+    quantised base has, and with `pack` held in its bits.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
-    dtype = compute_dtype(config, device)
+    dtype, kind = compute_dtype(config, device), config.model.quantisation
     try:
         if weights.values is not None:
             return mapped.read(weights, dtype, attention).to(device)
+        # What is quantised is converted weight by weight: the whole base is nowhere in full.
+        lazily = weights.stored if kind != "none" else None
         model = AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=dtype, attn_implementation=attention
+            weights.path, dtype=lazily or dtype, attn_implementation=attention
         )
     except (OSError, ValueError, RuntimeError) as failure:
         raise ModelError(
             f"{weights.origin} cannot be loaded ({failure})",
             expected="a Hugging Face causal language model",
         ) from failure
-    if config.model.quantisation != "none":
-        _round_trip(model, config.model.quantisation, config.model.double_quantisation)
+    if kind != "none":
+        double = config.model.double_quantisation
+        model.quantisation_errors = quantise(model, kind, double, dtype, device, pack=pack)
     model = model.to(device)
     mapped.align(model)
     return model
@@ -295,4 +298,5 @@ def load(weights: Weights, config: Config, device: torch.device, targets: tuple[
     from transformers import AttentionInterface
 
     AttentionInterface.register("fedsim", attention)
-    return Base(stock(weights, config, device, "eager"), config, targets)
+    pack = weights.values is None and holds(weights, config, compute_dtype(config, device), device)
+    return Base(stock(weights, config, device, "eager", pack=pack), config, targets)

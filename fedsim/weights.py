@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -60,6 +61,29 @@ class Weights:
                 with file.open("rb") as stream:
                     h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return h.hexdigest()
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """dtype and shape of every tensor in the safetensors files."""
+        out: list[dict[str, Any]] = []
+        for file in self.path.glob("*.safetensors"):
+            with file.open("rb") as stream:
+                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            out += [entry for name, entry in head.items() if name != "__metadata__"]
+        return out
+
+    @property
+    def numbers(self) -> int:
+        """Weights on disk, tied ones once."""
+        return sum(math.prod(entry["shape"]) for entry in self._entries())
+
+    @property
+    def stored(self) -> Any:
+        """torch's dtype that all of them have on disk, or None."""
+        import torch
+
+        kinds = {entry["dtype"] for entry in self._entries()}
+        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        return known.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _package_file(alias: Alias) -> Path | None:

@@ -124,7 +124,7 @@ def describe(config: Config, world: World) -> dict[str, Any]:
         "model": {
             "name": config.model.name, "origin": world.found.origin,
             "sha256": world.found.digest(), "precision": world.base.precision,
-            "quantisation": config.model.quantisation,
+            "quantisation": config.model.quantisation, **world.base.held,
         },
         "data": {
             "train": world.origin, "examples": len(world.data.store),

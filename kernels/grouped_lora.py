@@ -176,6 +176,12 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> T
     return y if bias is None else y.add_(bias)
 
 
+def whole(weight: Tensor) -> Tensor:
+    """A weight as it was in the forward; one whose memory others have used since is made anew."""
+    renew = getattr(weight, "renew", None)
+    return weight if renew is None else renew()
+
+
 def _linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor, a: Tensor, b: Tensor,
     grad_a: Tensor, grad_b: Tensor, scale: Tensor, tables: list[Tensor], columns: list[int],
@@ -200,7 +206,7 @@ def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
     gx = None
     # Without an input that needs a gradient, this is the first adapter: nothing below it learns.
     if ctx.needs_input_grad[0]:
-        gx = torch.zeros_like(x) if weight is None else tiled_linear(g, weight.T, None, tile)
+        gx = torch.zeros_like(x) if weight is None else tiled_linear(g, whole(weight).T, None, tile)
     torch.ops.fedsim.grouped_lora_backward(
         g, x, h, a, b, scale, grad_a, grad_b, gx, tables, columns, widths
     )

@@ -1,0 +1,152 @@
+"""Frozen weights held in 8 or 4 bits, made whole for each product.
+
+    fp4, nf4: bitsandbytes' codes in blocks of 64, with `double` their scales in 8 bits as well
+    int8:     w = code absmax / 127, one absmax a row
+
+A weight is dequantised into one buffer that all linears share: once in the forward of a pass and
+once in its backward, whoever's tokens fill the pass. bitsandbytes' own product is not used: on the
+CPU it differs from that of these values by 2e-2.
+
+Papers: Dettmers et al., QLoRA, arXiv:2305.14314 and LLM.int8(), arXiv:2208.07339.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config import Config
+from fedsim.linears import linears
+from fedsim.memory import free_bytes
+from fedsim.weights import Weights
+
+
+class Packed:
+    """A weight (O, I).
+
+    Attributes:
+        shape: (O, I). dtype: what it is made whole in.
+        error: ||held - w|| / ||w||.
+    """
+
+    def __init__(self, weight: Tensor, kind: str, double: bool) -> None:
+        import bitsandbytes.functional as bnb
+
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        weight = weight.contiguous()
+        if kind == "int8":
+            self._scale = weight.float().abs().amax(1, keepdim=True) / 127
+            self._codes = (weight.float() / self._scale.clamp(min=1e-30)).round().to(torch.int8)
+            self._state = None
+        else:
+            self._codes, self._state = bnb.quantize_4bit(
+                weight, quant_type=kind, compress_statistics=double
+            )
+        whole = torch.empty_like(weight)
+        self.into(whole)
+        self.error = float((whole.float() - weight.float()).norm() / weight.float().norm())
+
+    def into(self, out: Tensor) -> None:
+        """Write the weight to (O, I)."""
+        import bitsandbytes.functional as bnb
+
+        if self._state is None:
+            out.copy_(self._codes * self._scale)
+        elif out.is_cuda:
+            bnb.dequantize_4bit(self._codes, self._state, out=out)
+        else:  # bitsandbytes 0.50 writes to a given tensor on GPUs only
+            out.copy_(bnb.dequantize_4bit(self._codes, self._state))
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        if self._state is None:
+            return self._codes.nbytes + self._scale.nbytes
+        scales = [self._state.absmax]
+        if self._state.nested:
+            scales.append(self._state.state2.absmax)
+        return int(self._codes.nbytes + sum(s.nbytes for s in scales))
+
+
+class Room:
+    """Memory for one whole weight at a time."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def whole(self, parts: Sequence[Packed]) -> Tensor:
+        """Weights below each other, (O_1 + ... + O_n, I), until the next are made whole."""
+        first, rows = parts[0], sum(p.shape[0] for p in parts)
+        numbers, inputs = rows * first.shape[1], first.shape[1]
+        if len(self._buffer) < numbers:
+            self._buffer = torch.empty(numbers, dtype=first.dtype, device=first.device)
+        out = self._buffer[:numbers].view(rows, inputs)
+        for part, place in zip(parts, out.split([p.shape[0] for p in parts]), strict=True):
+            part.into(place)
+        return out
+
+
+class PackedLinear(nn.Linear):
+    """A linear whose weight is made whole when it is asked for."""
+
+    def __init__(self, linear: nn.Linear, packed: Packed, room: Room) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed, self.room, self.bias = packed, room, linear.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.room.whole([self.packed])
+
+
+def renewed(make: Callable[[], Tensor]) -> Tensor:
+    """A weight that the backward makes anew (`grouped_lora`): by then others were in its place."""
+    weight = make()
+    weight.renew = make  # type: ignore[attr-defined]
+    return weight
+
+
+def holds(weights: Weights, config: Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a quantised base is held in its bits: as configured, or, with `auto`, on a GPU, and
+    on a CPU when it would else take more than half of the memory that is free: there, making
+    SmolLM2-135M whole costs a pass of 2,048 tokens 5 %, and one of 8 tokens half of its time."""
+    if config.model.quantisation == "none" or config.model.hold != "auto":
+        return config.model.quantisation != "none" and config.model.hold == "packed"
+    whole = weights.numbers * dtype.itemsize
+    return device.type == "cuda" or whole > free_bytes(device) // 2
+
+
+def quantise(
+    model: nn.Module, kind: str, double: bool, dtype: torch.dtype, device: torch.device,
+    *, pack: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Quantise every linear but the head, in place, and move all parameters to dtype and device.
+
+    Args:
+        pack: hold the codes; else weights with their values.
+
+    Returns:
+        Relative error by module.
+    """
+    room, errors = Room(), {}
+    for name, linear in linears(model).items():
+        packed = Packed(linear.weight.data.to(device, dtype), kind, double)
+        errors[name] = packed.error
+        if not pack:
+            whole = torch.empty(packed.shape, dtype=dtype, device=device)
+            packed.into(whole)
+            linear.weight.data = whole
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedLinear(linear, packed, room))
+    for p in model.parameters():  # buffers, such as rotary frequencies, keep their own precision
+        p.data = p.data.to(device, dtype)
+    model.to(device)
+    if device.type == "cpu":  # glibc keeps what conversions have left between the codes
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+    return errors
