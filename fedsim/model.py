@@ -158,10 +158,9 @@ class Base:
         """How a quantised base lies in memory, and its weights' relative errors."""
         if not self.errors:
             return {}
-        worst = max(self.errors, key=self.errors.__getitem__)
-        mean = sum(self.errors.values()) / len(self.errors)
+        errors = list(self.errors.values())
         packed = any(site.dense is None for site in self.sites)
-        error = {"mean": mean, "largest": self.errors[worst], "of": worst}
+        error = {"mean": sum(errors) / len(errors), "largest": max(errors)}
         return {"held": "packed" if packed else "dense", "quantisation_error": error}
 
     @torch.no_grad()

@@ -112,8 +112,8 @@ def renewed(make: Callable[[], Tensor]) -> Tensor:
 
 def holds(weights: Weights, config: Config, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a quantised base is held in its bits: as configured, or, with `auto`, on a GPU, and
-    on a CPU when it would else take more than half of the memory that is free: there, making
-    SmolLM2-135M whole costs a pass of 2,048 tokens 5 %, and one of 8 tokens half of its time."""
+    on a CPU when it would else take more than half of the memory that is free: there, writing an
+    answer token by token would make all weights whole for every token."""
     if config.model.quantisation == "none" or config.model.hold != "auto":
         return config.model.quantisation != "none" and config.model.hold == "packed"
     whole = weights.numbers * dtype.itemsize
