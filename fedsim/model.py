@@ -259,11 +259,8 @@ def stock(
     *, pack: bool = False,
 ) -> Any:  # fmt: skip
     """transformers' own causal LM from a folder, in the computing dtype, with the values that a
-    quantised base has, and with `pack` held in its bits.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    quantised base has, and with `pack` held in its bits. Raises ModelError where it cannot be
+    loaded."""
     from transformers import AutoModelForCausalLM
 
     dtype, kind = compute_dtype(config, device), config.model.quantisation
