@@ -15,11 +15,12 @@ from fedsim.config import Config
 from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import sources, tokens, training
 from fedsim.display import over_budget
-from fedsim.linears import target_linears
+from fedsim.linears import linears, target_linears
 from fedsim.memory import activation_bytes, recomputes
 from fedsim.model import check_config, compute_dtype
 from fedsim.packing import filled, pack, passes
 from fedsim.plan import pass_budget, plan_round, step_examples
+from fedsim.quantised import bytes_each, holds
 from fedsim.record import MIB, Meter, traffic, transfer_mib
 
 # fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
@@ -128,13 +129,17 @@ def estimate(config: Config) -> Estimate:
     dtype, budget = compute_dtype(config, device), pass_budget(config, device)
     work = _work(config, data.store, data.population, budget) if data else None
     numbers = sum(p.numel() for p in model.parameters())
+    base = numbers * dtype.itemsize
+    if holds(numbers, config, dtype, device):
+        few = sum(m.weight.numel() for m in linears(model).values())
+        base += int(few * (bytes_each(config) - dtype.itemsize))
     slots = min(config.train.slots, config.most_clients)
     recompute = recomputes(config, hf, device, dtype)
     rows = work.longest if work else budget
     each = _BYTES_PER_SLOT_NUMBER + 4 * config.privacy.of_examples  # sums of clipped gradients
     return Estimate(
         config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),
-        budget, work, (numbers * dtype.itemsize + slots * layout.size * each) / MIB,
+        budget, work, (base + slots * layout.size * each) / MIB,
         activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
         _epsilon(config, data.population if data else None),
     )  # fmt: skip

@@ -236,8 +236,9 @@ class CudaCapture:
 def suits(config: Config, base: Base) -> bool:
     """Whether passes over this base can be recorded: nothing in one may be read by the host.
 
-    DoRA goes from span to span, recomputation saves the state of random numbers, and `dynamic` and
-    `longrope` positions look for the longest sequence.
+    DoRA goes from span to span, recomputation saves the state of random numbers, `dynamic` and
+    `longrope` positions look for the longest sequence, and weights held in fewer bits may become
+    dense, elsewhere, when a rule corrects them.
     """
     rope = getattr(base.model.config, "rope_parameters", None) or {}
     kinds = {v.get("rope_type") for v in (rope, *rope.values()) if isinstance(v, dict)}
@@ -248,6 +249,7 @@ def suits(config: Config, base: Base) -> bool:
         and not config.adapter.dora
         and not any(getattr(m, "gradient_checkpointing", False) for m in base.model.modules())
         and not kinds & {"dynamic", "longrope"}
+        and all(site.dense is not None for site in base.sites)
     )
 
 

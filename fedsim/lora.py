@@ -7,7 +7,7 @@ the A of all their adapters serve q, k and v, or gate and up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
 from fedsim.core import SiteViews
 from fedsim.dora import magnitude, row_norms, weight_norms
 from fedsim.linears import frozen_linear, joined
-from fedsim.quantised import PackedLinear, renewed
+from fedsim.quantised import PackedLinear, Room, renewed
 from fedsim_kernels.segments import Segments
 
 
@@ -121,8 +121,8 @@ class Site(nn.Module):
         parts = list(linears.values())
         packed = [p for p in parts if isinstance(p, PackedLinear)]
         self.dense = None if packed else joined([p.weight.data for p in parts])
-        if packed:
-            self._whole = partial(packed[0].room.whole, [p.packed for p in packed])
+        self._packed = [p.packed for p in packed]
+        self._room = packed[0].room if packed else Room()
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
             like = next(p.bias for p in parts if p.bias is not None)
@@ -158,17 +158,19 @@ class Site(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(O_1 + ... + O_n, I); where held in fewer bits, until the next site's is asked for."""
-        return self.rows(slice(None))
+        return renewed(self._room, self._packed) if self.dense is None else self.dense
 
-    def rows(self, span: slice) -> Tensor:
-        """Some rows of the weight."""
-        whole = self.dense
-        return renewed(lambda: self._whole()[span]) if whole is None else whole[span]
+    def of(self, at: int) -> Tensor:
+        """The weight of a member, in the same way."""
+        if self.dense is None:
+            return renewed(self._room, self._packed[at : at + 1])
+        first = self.members[at].column
+        return self.dense[first : first + self.members[at].width]
 
     def open(self) -> Tensor:
         """The weight to be changed; from now on it is dense."""
         if self.dense is None:
-            self.dense = self._whole().clone()
+            self.dense, self._packed = self._room.whole(self._packed).clone(), []
         return self.dense
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -226,9 +228,9 @@ class Site(nn.Module):
         if factors.mag is not None:
             norms = work.norms[self.index] if work.norms else weight_norms(self, factors, work)
         parts, at = [], 0
-        for member in self.members:
+        for number, member in enumerate(self.members):
             span = slice(member.column, member.column + member.width)
-            weight = self.rows(span)
+            weight = self.of(number)
             bias = None if self.bias is None else self.bias[span]
             if member.number < 0:
                 parts.append(frozen_linear(x, weight, bias, work.tile))

@@ -267,7 +267,7 @@ def stock(
     try:
         if weights.values is not None:
             return mapped.read(weights, dtype, attention).to(device)
-        # What is quantised is converted weight by weight: the whole base is nowhere in full.
+        # What is quantised is converted weight by weight, where all have one dtype on disk.
         lazily = weights.stored if kind != "none" else None
         model = AutoModelForCausalLM.from_pretrained(
             weights.path, dtype=lazily or dtype, attn_implementation=attention
@@ -294,5 +294,6 @@ def load(weights: Weights, config: Config, device: torch.device, targets: tuple[
     from transformers import AttentionInterface
 
     AttentionInterface.register("fedsim", attention)
-    pack = weights.values is None and holds(weights, config, compute_dtype(config, device), device)
+    dtype = compute_dtype(config, device)
+    pack = weights.values is None and holds(weights.numbers, config, dtype, device)
     return Base(stock(weights, config, device, "eager", pack=pack), config, targets)

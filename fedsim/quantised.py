@@ -4,7 +4,8 @@
     int8:     w = code absmax / 127, one absmax a row
 
 A weight is dequantised into one buffer that all linears share: once in the forward of a pass and
-once in its backward, whoever's tokens fill the pass. bitsandbytes' own product is not used: on the
+once in its backward, whoever's tokens fill the pass (with DoRA or recomputation once or twice
+more). bitsandbytes' own product is not used: on the
 CPU it differs from that of these values by 2e-2.
 
 Papers: Dettmers et al., QLoRA, arXiv:2305.14314 and LLM.int8(), arXiv:2208.07339.
@@ -13,16 +14,20 @@ Papers: Dettmers et al., QLoRA, arXiv:2305.14314 and LLM.int8(), arXiv:2208.0733
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.config import Config
+from fedsim.errors import ConfigError
 from fedsim.linears import linears
 from fedsim.memory import free_bytes
-from fedsim.weights import Weights
+
+if TYPE_CHECKING:
+    from fedsim.config import Config
 
 
 class Packed:
@@ -34,8 +39,6 @@ class Packed:
     """
 
     def __init__(self, weight: Tensor, kind: str, double: bool) -> None:
-        import bitsandbytes.functional as bnb
-
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         weight = weight.contiguous()
         if kind == "int8":
@@ -43,20 +46,24 @@ class Packed:
             self._codes = (weight.float() / self._scale.clamp(min=1e-30)).round().to(torch.int8)
             self._state = None
         else:
+            import bitsandbytes.functional as bnb
+
             self._codes, self._state = bnb.quantize_4bit(
                 weight, quant_type=kind, compress_statistics=double
             )
         whole = torch.empty_like(weight)
         self.into(whole)
-        self.error = float((whole.float() - weight.float()).norm() / weight.float().norm())
+        size = weight.float().norm().clamp(min=1e-30)
+        self.error = float((whole.float() - weight.float()).norm() / size)
 
     def into(self, out: Tensor) -> None:
         """Write the weight to (O, I)."""
+        if self._state is None:
+            torch.mul(self._codes, self._scale.to(out.dtype), out=out)
+            return
         import bitsandbytes.functional as bnb
 
-        if self._state is None:
-            out.copy_(self._codes * self._scale)
-        elif out.is_cuda:
+        if out.is_cuda:
             bnb.dequantize_4bit(self._codes, self._state, out=out)
         else:  # bitsandbytes 0.50 writes to a given tensor on GPUs only
             out.copy_(bnb.dequantize_4bit(self._codes, self._state))
@@ -103,21 +110,31 @@ class PackedLinear(nn.Linear):
         return self.room.whole([self.packed])
 
 
-def renewed(make: Callable[[], Tensor]) -> Tensor:
+def renewed(room: Room, parts: Sequence[Packed]) -> Tensor:
     """A weight that the backward makes anew (`grouped_lora`): by then others were in its place."""
-    weight = make()
-    weight.renew = make  # type: ignore[attr-defined]
+    weight = room.whole(parts)
+    weight.renew = partial(room.whole, parts)  # type: ignore[attr-defined]
     return weight
 
 
-def holds(weights: Weights, config: Config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a quantised base is held in its bits: as configured, or, with `auto`, on a GPU, and
-    on a CPU when it would else take more than half of the memory that is free: there, writing an
-    answer token by token would make all weights whole for every token."""
+def bytes_each(config: Config) -> float:
+    """Of a weight in the linears of a quantised base that is held in its bits."""
+    if config.model.quantisation == "int8":
+        return 1.0
+    return 0.5 + (1 if config.model.double_quantisation else 4) / 64
+
+
+def holds(numbers: int, config: Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a quantised base is held in its bits: as configured, or, with `auto`, where it would
+    else take more than half of the memory that is free. Whole weights are faster: an evaluation
+    that writes token by token would make all of them whole for every token.
+
+    Args:
+        numbers: weights of the base.
+    """
     if config.model.quantisation == "none" or config.model.hold != "auto":
         return config.model.quantisation != "none" and config.model.hold == "packed"
-    whole = weights.numbers * dtype.itemsize
-    return device.type == "cuda" or whole > free_bytes(device) // 2
+    return numbers * dtype.itemsize > free_bytes(device) // 2
 
 
 def quantise(
@@ -132,7 +149,13 @@ def quantise(
     Returns:
         Relative error by module.
     """
+    if kind == "int8" and double:
+        raise ConfigError(
+            "model.double_quantisation", got=True, expected="false with int8, whose scales are few",
+            remedy="Leave it out.",
+        )  # fmt: skip
     room, errors = Room(), {}
+    stored = next(iter(linears(model).values())).weight.dtype
     for name, linear in linears(model).items():
         packed = Packed(linear.weight.data.to(device, dtype), kind, double)
         errors[name] = packed.error
@@ -143,8 +166,9 @@ def quantise(
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedLinear(linear, packed, room))
-    for p in model.parameters():  # buffers, such as rotary frequencies, keep their own precision
-        p.data = p.data.to(device, dtype)
+    for p in model.parameters():  # buffers, as rotary frequencies, keep their own precision
+        if p.dtype == stored:  # and so does what transformers loads in fp32 always
+            p.data = p.data.to(device, dtype)
     model.to(device)
     if device.type == "cpu":  # glibc keeps what conversions have left between the codes
         with suppress(AttributeError, OSError):

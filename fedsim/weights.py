@@ -65,7 +65,11 @@ class Weights:
     def _entries(self) -> list[dict[str, Any]]:
         """dtype and shape of every tensor in the safetensors files."""
         out: list[dict[str, Any]] = []
-        for file in self.path.glob("*.safetensors"):
+        index = self.path / "model.safetensors.index.json"
+        names = {"model.safetensors"}  # others beside it may hold the same weights again
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        for file in (self.path / name for name in names if (self.path / name).is_file()):
             with file.open("rb") as stream:
                 head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
             out += [entry for name, entry in head.items() if name != "__metadata__"]
@@ -73,8 +77,9 @@ class Weights:
 
     @property
     def numbers(self) -> int:
-        """Weights on disk, tied ones once."""
-        return sum(math.prod(entry["shape"]) for entry in self._entries())
+        """Weights on disk, tied ones once; of older files two bytes are taken for one."""
+        known = sum(math.prod(entry["shape"]) for entry in self._entries())
+        return known or sum(f.stat().st_size for f in self.path.glob("*.bin")) // 2
 
     @property
     def stored(self) -> Any:

@@ -192,12 +192,11 @@ def test_what_is_held_follows_from_memory(
     size = found.numbers * 4
     for free, packed in ((2 * size, False), (2 * size - 2, True)):
         monkeypatch.setattr(quantised, "free_bytes", lambda _, free=free: free)
-        assert quantised.holds(found, config, torch.float32, cpu) is packed
-    assert quantised.holds(found, config, torch.float32, torch.device("cuda"))
+        assert quantised.holds(found.numbers, config, torch.float32, cpu) is packed
     dense = replace_model(config, hold="dense")
-    assert not quantised.holds(found, dense, torch.float32, cpu)
+    assert not quantised.holds(found.numbers, dense, torch.float32, cpu)
     none = replace_model(config, quantisation="none", hold="packed")
-    assert not quantised.holds(found, none, torch.float32, cpu)
+    assert not quantised.holds(found.numbers, none, torch.float32, cpu)
 
 
 def replace_model(config: Config, **values: Any) -> Config:
