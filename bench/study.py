@@ -156,6 +156,16 @@ def table(cells: Sequence[dict[str, Any]], metric: str) -> list[list[str]]:
     return rows
 
 
+def apart(cells: Sequence[dict[str, Any]], metric: str) -> str:
+    """Rules of one group whose interval of differences does not hold 0."""
+    found = []
+    for rule, _, against, *_ in table(cells, metric):
+        low, _, high = against.partition(" to ")
+        if against and (float(low) > 0 or float(high) < 0):
+            found.append(rule)
+    return ", ".join(found)
+
+
 def page(result: dict[str, Any]) -> str:
     """docs/aggregation.md."""
     cells, machine = result["cells"], result["machine"]
@@ -179,7 +189,8 @@ def page(result: dict[str, Any]) -> str:
             f"{zero_shot}Questions: {asked}. "
             f"{len({c['seed'] for c in mine})} seeds.", "",
             "| rule | lenient | against the first | MiB sent | E |", "|---|---|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in table(mine, "lenient")),
+            *(f"| {' | '.join(row)} |" for row in table(mine, "lenient")), "",
+            f"Away from the first beyond its interval: {apart(mine, 'lenient') or 'none'}.",
         ]  # fmt: skip
     hours = sum(c["seconds"] for c in cells) / 60
     lines += ["", f"{hours:.0f} minutes on {machine['cpu']}, {machine['threads']} threads.", ""]
