@@ -59,7 +59,7 @@ class Packed:
     def into(self, out: Tensor) -> None:
         """Write the weight to (O, I)."""
         if self._state is None:
-            torch.mul(self._codes, self._scale.to(out.dtype), out=out)
+            torch.mul(self._codes, self._scale, out=out)
             return
         import bitsandbytes.functional as bnb
 

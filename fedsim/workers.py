@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -90,7 +90,8 @@ def leading() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stopped)
     try:
         yield
-        dist.broadcast_object_list([None], src=0)
+        with suppress(RuntimeError):  # whoever is gone by now need not be sent home
+            dist.broadcast_object_list([None], src=0)
     except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends, and with its own status
         raise
