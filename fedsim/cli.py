@@ -85,6 +85,34 @@ def configure(
     return configuration.build(configuration.merge(defaults, values), origin), ignored
 
 
+def spread(devices: int | None) -> None:
+    """Start the processes that share a run out, unless this is one of them."""
+    from fedsim import launch
+
+    if devices and launch.size() not in (1, devices):
+        raise ConfigError(
+            "--devices", got=devices, expected=f"{launch.size()}, as torchrun has started",
+            remedy="Leave it out.",
+        )  # fmt: skip
+    if devices and devices > launch.size():
+        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
+
+
+def finished(folder: Path, config: Config) -> None:
+    """Write a run's report, and say what has changed and where everything lies."""
+    from fedsim import display, report
+    from fedsim.evaluate import explain
+
+    changes = report.changes(folder)
+    report.write(folder)
+    if changes:
+        out.print(display.table(changes))
+        out.print(f"[dim]{explain(c.metric for c in changes)}[/dim]")
+        if config.data.source == "embedded":
+            out.print("[dim]embedded data: not a leaderboard score[/dim]")
+    out.print(display.places(folder))
+
+
 @app.command()
 def run(
     source: Source = None,
@@ -109,27 +137,20 @@ def run(
     """Simulate federated fine-tuning, evaluating before and after."""
     from fedsim import launch
 
-    if devices and launch.size() not in (1, devices):
-        raise ConfigError(
-            "--devices", got=devices, expected=f"{launch.size()}, as torchrun has started",
-            remedy="Leave it out.",
-        )  # fmt: skip
-    if devices and devices > launch.size():
-        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
+    spread(devices)
     config, ignored = configure(source, preset, domain, data_dir, assignments or [])
     if reference is not None:
         from fedsim import references
 
         config = references.reference(config, reference)
     _quiet()
-    from fedsim import display, report, simulate
+    from fedsim import display, simulate
 
     if launch.rank():
         with suppress(KeyboardInterrupt):  # the leader was interrupted as well, and says so
             simulate.run(config)
         return
     from fedsim.core import pick_device
-    from fedsim.evaluate import explain
     from fedsim.record import Meter, implementation
 
     if ignored:
@@ -151,14 +172,7 @@ def run(
     except KeyboardInterrupt:
         err.print("stopped; go on with --resume")
         raise typer.Exit(130) from None
-    changes = report.changes(folder)
-    report.write(folder)
-    if changes:
-        out.print(display.table(changes))
-        out.print(f"[dim]{explain(c.metric for c in changes)}[/dim]")
-        if config.data.source == "embedded":
-            out.print("[dim]embedded data: not a leaderboard score[/dim]")
-    out.print(display.places(folder))
+    finished(folder, config)
 
 
 @app.command("eval")

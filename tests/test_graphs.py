@@ -435,7 +435,8 @@ def test_who_records(lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -
     run, grads = one.trainer().backward, torch.zeros(2, 3)
     assert not suits(one.config, one.base) and runner(run, grads, one.config, one.base) is run
     config = SimpleNamespace(rope_parameters={"rope_type": "default"})
-    base = SimpleNamespace(device=torch.device("cuda"), model=SimpleNamespace(
+    site = SimpleNamespace(dense=torch.ones(1))
+    base = SimpleNamespace(device=torch.device("cuda"), sites=[site], model=SimpleNamespace(
         config=config, modules=lambda: iter(layers), parameters=one.base.model.parameters
     ))  # fmt: skip
     layers = [SimpleNamespace(gradient_checkpointing=False), SimpleNamespace()]
@@ -448,6 +449,9 @@ def test_who_records(lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -
         layers[0].gradient_checkpointing = True
         assert not suits(one.config, base)
         layers[0].gradient_checkpointing = False
+        site.dense = None  # held in its bits
+        assert not suits(one.config, base)
+        site.dense = torch.ones(1)
         for rope in ({"rope_type": "dynamic"}, {"full_attention": {"rope_type": "longrope"}}):
             config.rope_parameters = rope
             assert not suits(one.config, base)
