@@ -85,19 +85,6 @@ def configure(
     return configuration.build(configuration.merge(defaults, values), origin), ignored
 
 
-def spread(devices: int | None) -> None:
-    """Start the processes that share a run out, unless this is one of them."""
-    from fedsim import launch
-
-    if devices and launch.size() not in (1, devices):
-        raise ConfigError(
-            "--devices", got=devices, expected=f"{launch.size()}, as torchrun has started",
-            remedy="Leave it out.",
-        )  # fmt: skip
-    if devices and devices > launch.size():
-        raise typer.Exit(launch.launch(devices, sys.argv[1:]))
-
-
 def finished(folder: Path, config: Config) -> None:
     """Write a run's report, and say what has changed and where everything lies."""
     from fedsim import display, report
@@ -137,7 +124,8 @@ def run(
     """Simulate federated fine-tuning, evaluating before and after."""
     from fedsim import launch
 
-    spread(devices)
+    if (code := launch.spread(devices)) is not None:
+        raise typer.Exit(code)
     config, ignored = configure(source, preset, domain, data_dir, assignments or [])
     if reference is not None:
         from fedsim import references

@@ -61,6 +61,20 @@ def take_device(name: str) -> None:
     torch.cuda.set_device(local)
 
 
+def spread(devices: int | None) -> int | None:
+    """Start the processes that share a run out; their exit status, or None where this is one.
+
+    Raises:
+        ConfigError: torchrun has started another number.
+    """
+    if devices and size() not in (1, devices):
+        raise ConfigError(
+            "--devices", got=devices, expected=f"{size()}, as torchrun has started",
+            remedy="Leave it out.",
+        )  # fmt: skip
+    return launch(devices, sys.argv[1:]) if devices and devices > size() else None
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `fedsim` with these arguments in so many processes; the leader's exit status.
 
