@@ -36,8 +36,8 @@ def mapped(
     Raises:
         RunError: the disk is full or not writable.
     """
-    # Changed weights and other versions get another file. By place, size and time: a digest of
-    # 28 GB of weights takes longer than loading them.
+    # Changed weights and other versions get another file. By place, size and time: a digest would
+    # read all of them in every process.
     model = config.model
     parts = [str(versions()), str(dtype), model.quantisation, str(model.double_quantisation)]
     for source in sorted(weights.path.resolve().iterdir()):

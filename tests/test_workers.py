@@ -32,7 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
     "scaffold": {},
     "flora": {"adapter__ranks": [2, 4]},
 }
-ENDED = 60  # seconds until everybody is gone, once one is; it takes three
+ENDED = 60  # seconds until everybody is gone, once one is
 
 
 def configuration(tiny: Callable[[str], Path], folder: Path, rule: str, **changes: Any) -> Path:
