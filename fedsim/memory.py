@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,13 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 // sharing
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps it between what is still in use, after the
+    loading of 5 layers of width 1,024 in 4 bits 40 to 115 MiB of it."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def recomputes(config: Config, hf: Any, device: torch.device, dtype: torch.dtype) -> bool:
