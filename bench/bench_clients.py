@@ -43,7 +43,7 @@ import harness
 from harness import Arm, Timed
 from stock import Stock, Trained
 
-from fedsim import model, seeds
+from fedsim import pretrained, seeds
 from fedsim.adapters import initial_row
 from fedsim.config import Config, build
 from fedsim.core import LocalRule, RoundPlan, pick_device
@@ -178,7 +178,7 @@ def arm(train: Callable[[Work], Trained], work: Work, repeats: int | None = None
 def dtypes() -> tuple[torch.dtype, ...]:
     """What stock runs in: bf16 only where the processor has it. On two AVX2 cores one bf16 step
     of the `flowertune` setting had not ended after seven minutes."""
-    fast = model.compute_dtype(Config(), pick_device("auto"))
+    fast = pretrained.compute_dtype(Config(), pick_device("auto"))
     return tuple(dict.fromkeys((fast, torch.float32)))
 
 

@@ -36,7 +36,7 @@ from fedsim import weights
 from fedsim.config import Config
 from fedsim.core import pick_device
 from fedsim.errors import FedSimError, RunError
-from fedsim.model import compute_dtype
+from fedsim.pretrained import compute_dtype
 
 CLIENTS, BATCH, STEPS = 12, 2, 2
 FULL, QUICK = (6, 3), (4, 2)  # rounds, repeats

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fedsim.attackers import Attack
+from fedsim.bases import Model
 from fedsim.channel import Channel
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
@@ -31,15 +32,6 @@ class Run(Section):
     protocol: Literal["fedsim", "flowertune"] = "fedsim"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     out: str = "runs"
-
-
-class Model(Section):
-    name: str = "smollm2-135m-instruct"
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantisation: Literal["none", "fp4", "nf4", "int8"] = "none"
-    double_quantisation: bool = False
-    hold: Literal["auto", "packed", "dense"] = Field("auto", description="of a quantised base")
 
 
 class Adapter(Section):
@@ -184,7 +176,8 @@ class Config(Section):
                 "run.protocol = flowertune"
             )
         server = self.channel.misfit(self.per_round) or self.privacy.misfit(self)
-        if misfit := self.clients.misfit() or self.attack.misfit() or server:
+        base = self.model.misfit(self.adapter.init)
+        if misfit := self.clients.misfit() or self.attack.misfit() or server or base:
             raise ValueError(misfit)
         return self
 

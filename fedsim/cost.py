@@ -17,9 +17,10 @@ from fedsim.data import sources, tokens, training
 from fedsim.display import over_budget
 from fedsim.linears import linears, target_linears
 from fedsim.memory import activation_bytes, recomputes
-from fedsim.model import check_config, compute_dtype
+from fedsim.model import check_config
 from fedsim.packing import filled, pack, passes
 from fedsim.plan import pass_budget, plan_round, step_examples
+from fedsim.pretrained import compute_dtype
 from fedsim.quantised import bytes_each, holds
 from fedsim.record import MIB, Meter, traffic, transfer_mib
 

@@ -8,7 +8,7 @@ from fedsim import record, weights
 from fedsim.config import Config
 from fedsim.core import pick_device
 from fedsim.evaluate import sandbox
-from fedsim.model import compute_dtype
+from fedsim.pretrained import compute_dtype
 
 
 def findings() -> list[tuple[str, str]]:

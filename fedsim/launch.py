@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fedsim.core import pick_device
 from fedsim.errors import ConfigError
 
-_LONGEST = timedelta(days=1)  # that one waits for another; one that dies breaks its connection
+LONGEST = timedelta(days=1)  # that one waits for another; one that dies breaks its connection
 _NOTICE, _END = 20, 300  # tenths of a second that a leader may take to say who is gone, and to end
 
 
@@ -34,10 +34,15 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Meet the other processes."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_LONGEST)
+def meet(word: bool = False) -> bool:
+    """Join the other processes; returns the leader's word."""
+    if size() > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=LONGEST)
+        words = [word]
+        dist.broadcast_object_list(words, src=0)
+        word = words[0]
+    return word
 
 
 def take_device(name: str) -> None:

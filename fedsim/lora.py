@@ -18,7 +18,7 @@ import fedsim_kernels.grouped_lora  # noqa: F401  registers the operation
 from fedsim.core import SiteViews
 from fedsim.dora import magnitude, row_norms, weight_norms
 from fedsim.linears import frozen_linear, joined
-from fedsim.quantised import PackedLinear, Room, renewed
+from fedsim.room import HeldLinear, Room, renewed
 from fedsim_kernels.segments import Segments
 
 
@@ -111,7 +111,7 @@ class Site(nn.Module):
 
     Attributes:
         members: its linears, in the order of their columns.
-        dense: the weight, unless it is held in fewer bits.
+        dense: the weight, unless it is held in another form.
         index: of the adapters in `Pass.factors`, or None where no member has one.
         late: it lies behind the last attention, and sees label rows only.
     """
@@ -119,10 +119,10 @@ class Site(nn.Module):
     def __init__(self, linears: dict[str, nn.Linear], numbers: dict[str, int]) -> None:
         super().__init__()
         parts = list(linears.values())
-        packed = [p for p in parts if isinstance(p, PackedLinear)]
-        self.dense = None if packed else joined([p.weight.data for p in parts])
-        self._packed = [p.packed for p in packed]
-        self._room = packed[0].room if packed else Room()
+        held = [p for p in parts if isinstance(p, HeldLinear)]
+        self.dense = None if held else joined([p.weight.data for p in parts])
+        self._held = [p.held for p in held]
+        self._room = held[0].room if held else Room()
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
             like = next(p.bias for p in parts if p.bias is not None)
@@ -157,20 +157,20 @@ class Site(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(O_1 + ... + O_n, I); where held in fewer bits, until the next site's is asked for."""
-        return renewed(self._room, self._packed) if self.dense is None else self.dense
+        """(O_1 + ... + O_n, I); where held in another form, until the next site's is asked for."""
+        return renewed(self._room, self._held) if self.dense is None else self.dense
 
     def of(self, at: int) -> Tensor:
         """The weight of a member, in the same way."""
         if self.dense is None:
-            return renewed(self._room, self._packed[at : at + 1])
+            return renewed(self._room, self._held[at : at + 1])
         first = self.members[at].column
         return self.dense[first : first + self.members[at].width]
 
     def open(self) -> Tensor:
         """The weight to be changed; from now on it is dense."""
         if self.dense is None:
-            self.dense, self._packed = self._room.whole(self._packed).clone(), []
+            self.dense, self._held = self._room.whole(self._held).clone(), []
         return self.dense
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class SiteMember(nn.Module):
     def __init__(self, site: Site, at: int, linear: nn.Linear) -> None:
         super().__init__()
         self.__dict__["site"] = site  # not a submodule: the site's owner holds it
-        if not isinstance(linear, PackedLinear):
+        if not isinstance(linear, HeldLinear):
             self.weight = linear.weight
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsim import mapped
+from fedsim import sharded
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
@@ -26,27 +26,16 @@ from fedsim.fused import (
 )
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
-from fedsim.memory import recomputes
-from fedsim.quantised import holds, quantise
+from fedsim.memory import give_back, recomputes
+from fedsim.pretrained import compute_dtype, stock
+from fedsim.quantised import holds
+from fedsim.sharded import Shards
 from fedsim.weights import Weights
 from fedsim_kernels.linear_xent import head_logits
 from fedsim_kernels.segments import Segments
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
              "dropout")  # fmt: skip
-
-
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it in hardware, else fp32; fp32 under `flowertune`.
-
-    On CPU that is AMX or AVX512-BF16: products of 2048 rows ran 2.4 times faster with the latter.
-    """
-    if config.run.protocol == "flowertune" or config.model.dtype == "float32":
-        return torch.float32
-    if config.model.dtype == "bfloat16" or device.type == "cuda":
-        return torch.bfloat16
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def check_config(hf: Any, max_length: int, what: str = "data.max_length") -> None:
@@ -86,6 +75,7 @@ class Base:
         sites: every linear but the head, grouped by the input that they read.
         fused: how many norms, MLPs, attentions and last layers run as fused operations.
         correction: puts what a rule has added to the weights into them.
+        shards: of the linears' weights, where they are spread over processes.
     """
 
     def __init__(self, model: Any, config: Config, targets: tuple[str, ...]) -> None:
@@ -103,6 +93,7 @@ class Base:
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
         self.errors: dict[str, float] = getattr(model, "quantisation_errors", {})
+        self.shards: Shards | None = getattr(model, "shards", None)
         model.set_attn_implementation("fedsim")
         with torch.no_grad():
             self._check(probe, stock)
@@ -155,7 +146,9 @@ class Base:
 
     @property
     def held(self) -> dict[str, Any]:
-        """How a quantised base lies in memory, and its weights' relative errors."""
+        """How a base lies in memory that is quantised or sharded; its weights' relative errors."""
+        if self.shards:
+            return {"held": "sharded", **self.shards.record()}
         if not self.errors:
             return {}
         errors = list(self.errors.values())
@@ -254,39 +247,14 @@ class Base:
         return out
 
 
-def stock(
-    weights: Weights, config: Config, device: torch.device, attention: str | None = None,
-    *, pack: bool = False,
-) -> Any:  # fmt: skip
-    """transformers' own causal LM from a folder, in the computing dtype, with the values that a
-    quantised base has, and with `pack` held in its bits. Raises ModelError where it cannot be
-    loaded."""
-    from transformers import AutoModelForCausalLM
-
-    dtype, kind = compute_dtype(config, device), config.model.quantisation
-    try:
-        if weights.values is not None:
-            return mapped.read(weights, dtype, attention).to(device)
-        # What is quantised is converted weight by weight, where all have one dtype on disk.
-        lazily = weights.stored if kind != "none" else None
-        model = AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=lazily or dtype, attn_implementation=attention
-        )
-    except (OSError, ValueError, RuntimeError) as failure:
-        raise ModelError(
-            f"{weights.origin} cannot be loaded ({failure})",
-            expected="a Hugging Face causal language model",
-        ) from failure
-    if kind != "none":
-        double = config.model.double_quantisation
-        model.quantisation_errors = quantise(model, kind, double, dtype, device, pack=pack)
-    model = model.to(device)
-    mapped.align(model)
-    return model
-
-
-def load(weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...]) -> Base:
+def load(
+    weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...],
+    *, shard: bool = False,
+) -> Base:  # fmt: skip
     """Load a Hugging Face causal LM from a folder and make it the shared base.
+
+    Args:
+        shard: spread its linears over the processes, which all load it now.
 
     Raises:
         ModelError: it cannot be loaded, or packed computation would differ from stock.
@@ -295,5 +263,11 @@ def load(weights: Weights, config: Config, device: torch.device, targets: tuple[
 
     AttentionInterface.register("fedsim", attention)
     dtype = compute_dtype(config, device)
-    pack = weights.values is None and holds(weights.numbers, config, dtype, device)
-    return Base(stock(weights, config, device, "eager", pack=pack), config, targets)
+    if shard:
+        found = sharded.read(weights, config, dtype, device)
+    else:
+        pack = weights.values is None and holds(weights.numbers, config, dtype, device)
+        found = stock(weights, config, device, "eager", pack=pack)
+    base = Base(found, config, targets)
+    give_back()
+    return base

@@ -1,22 +1,16 @@
-"""Frozen weights held in 8 or 4 bits, made whole for each product.
+"""Frozen weights held in 8 or 4 bits.
 
     fp4, nf4: bitsandbytes' codes in blocks of 64, with `double` their scales in 8 bits as well
     int8:     w = code absmax / 127, one absmax a row
 
-A weight is dequantised into one buffer that all linears share: once in the forward of a pass and
-once in its backward, whoever's tokens fill the pass (with DoRA or recomputation once or twice
-more). bitsandbytes' own product is not used: on the
-CPU it differs from that of these values by 2e-2.
+Weights are dequantised explicitly (`room.py`). bitsandbytes' own product is not used: on the CPU it
+differs from that of these values by 2e-2.
 
 Papers: Dettmers et al., QLoRA, arXiv:2305.14314 and LLM.int8(), arXiv:2208.07339.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +19,7 @@ from torch import Tensor, nn
 from fedsim.errors import ConfigError
 from fedsim.linears import linears
 from fedsim.memory import free_bytes
+from fedsim.room import Room, replace
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -79,44 +74,6 @@ class Packed:
         return int(self._codes.nbytes + sum(s.nbytes for s in scales))
 
 
-class Room:
-    """Memory for one whole weight at a time."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-
-    def whole(self, parts: Sequence[Packed]) -> Tensor:
-        """Weights below each other, (O_1 + ... + O_n, I), until the next are made whole."""
-        first, rows = parts[0], sum(p.shape[0] for p in parts)
-        numbers, inputs = rows * first.shape[1], first.shape[1]
-        if len(self._buffer) < numbers:
-            self._buffer = torch.empty(numbers, dtype=first.dtype, device=first.device)
-        out = self._buffer[:numbers].view(rows, inputs)
-        for part, place in zip(parts, out.split([p.shape[0] for p in parts]), strict=True):
-            part.into(place)
-        return out
-
-
-class PackedLinear(nn.Linear):
-    """A linear whose weight is made whole when it is asked for."""
-
-    def __init__(self, linear: nn.Linear, packed: Packed, room: Room) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed, self.room, self.bias = packed, room, linear.bias
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.room.whole([self.packed])
-
-
-def renewed(room: Room, parts: Sequence[Packed]) -> Tensor:
-    """A weight that the backward makes anew (`grouped_lora`): by then others were in its place."""
-    weight = room.whole(parts)
-    weight.renew = partial(room.whole, parts)  # type: ignore[attr-defined]
-    return weight
-
-
 def bytes_each(config: Config) -> float:
     """Of a weight in the linears of a quantised base that is held in its bits."""
     if config.model.quantisation == "int8":
@@ -164,13 +121,9 @@ def quantise(
             packed.into(whole)
             linear.weight.data = whole
             continue
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(linear, packed, room))
+        replace(model, name, packed, room)
     for p in model.parameters():  # buffers, as rotary frequencies, keep their own precision
         if p.dtype == stored:  # and so does what transformers loads in fp32 always
             p.data = p.data.to(device, dtype)
     model.to(device)
-    if device.type == "cpu":  # glibc keeps what conversions have left between the codes
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
     return errors

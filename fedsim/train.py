@@ -21,6 +21,7 @@ from fedsim.core import ClientMemory, ClientUpdates, LocalRule, Population, Roun
 from fedsim.data.tokens import TokenStore
 from fedsim.dp_sgd import DPSGD
 from fedsim.graphs import runner
+from fedsim.idle import idle
 from fedsim.local_terms import LocalTerms, Starts
 from fedsim.lora import Dropout, Pass
 from fedsim.model import Base
@@ -50,13 +51,16 @@ class Trainer:
         self.run = runner(self.backward, self.bank.grads, config, base)
 
     def train(
-        self, plan: RoundPlan, rule: LocalRule, meter: Meter, memory: ClientMemory | None = None
-    ) -> Iterator[ClientUpdates]:
+        self, plan: RoundPlan, rule: LocalRule, meter: Meter, memory: ClientMemory | None = None,
+        least: int = 0,
+    ) -> Iterator[ClientUpdates]:  # fmt: skip
         """Every client of the plan, in the plan's order, one update each.
 
         Args:
             memory: needed by rules whose clients keep something.
+            least: passes to make, empty ones at the end.
         """
+        self._left = least
         starts = Starts(rule, plan, self.bank, self.config, memory)
         terms = LocalTerms(rule, self.bank)
         self._private = DPSGD.of(self.config, plan, rule, self.bank, self.population, self.key)
@@ -69,7 +73,17 @@ class Trainer:
                     yield finished.pop(following).update()
                     following += 1
                 finished |= done
+        for _ in range(self._left):
+            idle(self.base, self.config, self.key)
         self.base.rest()
+
+    def passes(self, plan: RoundPlan) -> int:
+        """How many `train` makes."""
+        return sum(
+            1 for lane in plan.lanes
+            for _ in passes(self.config, self.store, self.population, plan, lane, self.budget,
+                            self.key)
+        )  # fmt: skip
 
     def _lane(
         self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter
@@ -123,6 +137,9 @@ class Trainer:
             if not part.first or self.config.privacy.of_examples:
                 self.bank.grads[part.slot].zero_()
         if not (parts := filled(parts)):
+            if self.base.shards:
+                self._left -= 1
+                idle(self.base, self.config, self.key)
             return self.base.anchor.new_zeros(self.bank.slots, dtype=torch.float64), 0
         batch = pack(
             self.store, parts, tile, ranks=self._ranks(plan, who), device=self.base.device
@@ -142,6 +159,7 @@ class Trainer:
             label_segments=batch.label_segments,
             label_repeats=batch.label_repeats,
         )
+        self._left -= 1
         return self.run(batch, work), batch.rows
 
     def backward(self, batch: PackedBatch, work: Pass) -> Tensor:

@@ -62,9 +62,10 @@ class Weights:
                     h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return h.hexdigest()
 
-    def _entries(self) -> list[dict[str, Any]]:
-        """dtype and shape of every tensor in the safetensors files."""
-        out: list[dict[str, Any]] = []
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Name -> dtype, shape and `file` of every tensor in the safetensors files."""
+        out: dict[str, dict[str, Any]] = {}
         index = self.path / "model.safetensors.index.json"
         names = {"model.safetensors"}  # others beside it may hold the same weights again
         if index.is_file():
@@ -72,13 +73,14 @@ class Weights:
         for file in (self.path / name for name in names if (self.path / name).is_file()):
             with file.open("rb") as stream:
                 head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            out += [entry for name, entry in head.items() if name != "__metadata__"]
+            head.pop("__metadata__", None)
+            out |= {name: {**entry, "file": file} for name, entry in head.items()}
         return out
 
     @property
     def numbers(self) -> int:
         """Weights on disk, tied ones once; of older files two bytes are taken for one."""
-        known = sum(math.prod(entry["shape"]) for entry in self._entries())
+        known = sum(math.prod(entry["shape"]) for entry in self.entries.values())
         return known or sum(f.stat().st_size for f in self.path.glob("*.bin")) // 2
 
     @property
@@ -86,7 +88,7 @@ class Weights:
         """torch's dtype that all of them have on disk, or None."""
         import torch
 
-        kinds = {entry["dtype"] for entry in self._entries()}
+        kinds = {entry["dtype"] for entry in self.entries.values()}
         known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         return known.get(kinds.pop()) if len(kinds) == 1 else None
 

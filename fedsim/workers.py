@@ -12,18 +12,14 @@ lie.
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from types import FrameType
 
 import numpy as np
@@ -36,26 +32,15 @@ from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, LocalRule, RoundPlan
 from fedsim.errors import RunError
-from fedsim.launch import join, rank, size
+from fedsim.launch import meet, rank, size
 from fedsim.local_terms import Starts
-from fedsim.model import Base
+from fedsim.messages import Inbox, Order, header, part, unpacked
 from fedsim.placement import placed, predicted
 from fedsim.plan import WAITING
 from fedsim.record import Meter
 from fedsim.train import Trainer
 
 _inboxes: list[Inbox] = []  # of the round
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a process needs for its part of a round; all on the CPU."""
-
-    plan: RoundPlan
-    owner: np.ndarray  # (M,) int64, the process of each client
-    rule: LocalRule
-    base: Mapping[str, Tensor] | None  # None: as it was
-    memory: DiskMemory | None
 
 
 @contextmanager
@@ -65,12 +50,6 @@ def _talking(what: str) -> Iterator[None]:
         yield
     except RuntimeError as failure:
         raise RunError(what, remedy="Go on with --resume, on any number of processes.") from failure
-
-
-def part(order: Order, process: int) -> RoundPlan:
-    """The plan with what one process has of every lane."""
-    lanes = (lane[order.owner[lane] == process] for lane in order.plan.lanes)
-    return replace(order.plan, lanes=tuple(lane for lane in lanes if len(lane)))
 
 
 @contextmanager
@@ -99,20 +78,19 @@ def leading() -> Iterator[None]:
 
 
 def team(trainer: Trainer) -> Trainer | Leader:
-    """Who trains: the trainer alone, or with the processes that wait for it to have loaded."""
-    if size() == 1:
-        return trainer
-    join()
-    dist.barrier()  # what loading leaves in the caches is whole now
-    return Leader(trainer)
+    """Who trains: the trainer alone, or with the other processes."""
+    return trainer if size() == 1 else Leader(trainer)
 
 
 class Leader:
     """Trains as `Trainer` does, with all processes."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._most = WAITING * trainer.bank.slots
+        self._trainer, self._shards = trainer, trainer.base.shards
+        # Over a sharded base all processes make their passes together, so none may wait.
+        self._most = sys.maxsize if self._shards else WAITING * trainer.bank.slots
+        if self._shards:
+            self._shards.asking = True
         self._base: Mapping[str, Tensor] | None = None  # what the others have
 
     def train(
@@ -132,10 +110,11 @@ class Leader:
         order = Order(plan, owner, _on_cpu(rule), news, keeps)
         with _talking(f"round {plan.round}: a process was gone when the round began"):
             dist.broadcast_object_list([order], src=0)
+            passes = _passes(trainer, part(order, 0))
         self._base = base
         _inboxes[:] = [Inbox(process, order, self._most, trainer.base)
                        for process in range(1, size())]  # fmt: skip
-        own = trainer.train(part(order, 0), rule, meter, memory)
+        own = self._own(trainer.train(part(order, 0), rule, meter, memory, passes))
         starts = Starts(rule, plan, trainer.bank, trainer.config, memory)
         yield from self._in_order(order, own, starts, meter)
         next(own, None)  # the last pass is over, too
@@ -144,6 +123,20 @@ class Leader:
             meter.passes, meter.rows = meter.passes + int(passes), meter.rows + int(rows)
             meter.room += int(room)
         _inboxes.clear()
+
+    def _own(self, trained: Iterator[ClientUpdates]) -> Iterator[ClientUpdates]:
+        """The leader's own clients; while they train, the others gather shards by themselves."""
+        if self._shards:
+            self._shards.asking = False
+        try:
+            yield from trained
+        except RunError:  # the connection may break before a thread has seen which one is gone
+            time.sleep(1)
+            for inbox in _inboxes:
+                inbox.check()
+            raise
+        if self._shards:
+            self._shards.asking = True
 
     def _in_order(
         self, order: Order, own: Iterator[ClientUpdates], starts: Starts, meter: Meter
@@ -160,77 +153,7 @@ class Leader:
                 mine.append(more)
             head, row = inbox.take()
             meter.took(tokens=int(head[1]), steps=int(order.plan.steps[index]))
-            yield _update(head, row.to(device, non_blocking=True)[None], starts.of(index))
-
-
-class Inbox:
-    """What one follower sends in a round, taken in by a thread of its own.
-
-    Args:
-        most: rows that may lie here; then the follower waits.
-    """
-
-    def __init__(self, process: int, order: Order, most: int, base: Base) -> None:
-        self._process, self._order = process, order
-        self._numbers, self._pinned = base.layout.size, base.device.type == "cuda"
-        lanes = part(order, process).lanes
-        self._left = deque(map(int, chain.from_iterable(lanes)))
-        self._queue: Queue[tuple[Tensor, Tensor] | None] = Queue(most)
-        self._failure: RuntimeError | None = None
-        self.failed = math.inf  # when, by the monotonic clock
-        Thread(target=self._receive, daemon=True).start()
-
-    @property
-    def empty(self) -> bool:
-        return self._queue.empty()
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The next head and row; waits for them. Raises RunError where the process is gone."""
-        found = self._queue.get()
-        if found is None:
-            self.check()
-        assert found is not None
-        if self._left:
-            self._left.popleft()
-        return found
-
-    def check(self) -> None:
-        """Raises RunError where the process is gone."""
-        if self._failure is None:
-            return
-        plan, left = self._order.plan, list(self._left)
-        clients = ", ".join(str(plan.client_ids[i]) for i in left[:8])
-        raise RunError(
-            f"round {plan.round}: process {self._process} is gone, with "
-            + (f"clients {clients}{' ...' * (len(left) > 8)} to go" if left else "none to go"),
-            remedy="Its own message may stand above. Finished rounds are on disk: go on with "
-            "--resume, on any number of processes.",
-        ) from self._failure
-
-    def _receive(self) -> None:
-        try:
-            while True:
-                head = torch.empty(6, dtype=torch.float64)
-                dist.recv(head, self._process)
-                # Pinned, so that the leader's copy to its GPU waits for nothing.
-                numbers = self._numbers if head[0] >= 0 else 0
-                row = torch.empty(numbers, pin_memory=self._pinned)
-                if numbers:
-                    dist.recv(row, self._process)
-                self._queue.put((head, row))
-                if not numbers:
-                    return
-        except RuntimeError as failure:
-            self._failure, self.failed = failure, time.monotonic()
-            self._queue.put(None)
-
-
-def _update(head: Tensor, row: Tensor, start: Tensor) -> ClientUpdates:
-    index, tokens, first, last, ok, seconds = (np.array([v]) for v in head.tolist())
-    return ClientUpdates(
-        index=index.astype(np.int64), row=row, start=start, tokens=tokens.astype(np.int64),
-        loss_first=first, loss_last=last, ok=ok != 0, seconds=float(seconds[0]),
-    )  # fmt: skip
+            yield unpacked(head, row.to(device, non_blocking=True)[None], starts.of(index))
 
 
 def _on_cpu(rule: LocalRule) -> LocalRule:
@@ -249,32 +172,40 @@ def follow(config: Config) -> Path:
 
     gone = "the leading process is gone"
     with _talking(gone):
-        join()
-        dist.barrier()  # the leader has loaded, and left it in the caches
+        shard = meet()
     key = seeds.run_key(config.run.seed)
     silent = config.evaluate.model_copy(update={"limit": 0})
-    world = load_world(config.model_copy(update={"evaluate": silent}), key)
+    world = load_world(config.model_copy(update={"evaluate": silent}), key, shard)
     trainer = Trainer(world.base, world.data.store, world.data.population, config, key, host=True)
-    box: list[Order | None] = [None]
+    box: list[Order | int | None] = [None]
     while True:
         with _talking(gone):
             dist.broadcast_object_list(box, src=0)
         if (order := box[0]) is None:
             return Path(config.run.out) / config.run.name
+        if isinstance(order, int):
+            assert world.base.shards is not None
+            world.base.shards.lend(order)
+            continue
         if order.base is not None:
             there = {k: v.to(world.base.device) for k, v in order.base.items()}
             world.base.correction.apply(there)
-        meter = Meter()
-        for update in trainer.train(part(order, rank()), order.rule, meter, order.memory):
+        meter, mine = Meter(), part(order, rank())
+        with _talking(gone):
+            passes = _passes(trainer, mine)
+        for update in trainer.train(mine, order.rule, meter, order.memory, passes):
             with _talking(gone):
-                dist.send(_head(update), 0)
+                dist.send(header(update), 0)
                 dist.send(update.row[0], 0)
         end = [-1, meter.passes, meter.rows, meter.room, 0, 0]
         with _talking(gone):
             dist.send(torch.tensor(end, dtype=torch.float64), 0)
 
 
-def _head(update: ClientUpdates) -> Tensor:
-    """(6,) fp64: position, tokens, losses, ok, seconds; integers below 2^53 are exact."""
-    of = (update.index, update.tokens, update.loss_first, update.loss_last, update.ok)
-    return torch.tensor([*(float(v[0]) for v in of), update.seconds], dtype=torch.float64)
+def _passes(trainer: Trainer, plan: RoundPlan) -> int:
+    """How many each process makes, together with the others over a sharded base; else 0."""
+    if trainer.base.shards is None:
+        return 0
+    most = torch.tensor(trainer.passes(plan))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim import attack, domains, evaluate, launch, model, peft_io, pissa, record, seeds, weights
+from fedsim import (
+    attack,
+    domains,
+    evaluate,
+    launch,
+    model,
+    peft_io,
+    pissa,
+    pretrained,
+    record,
+    seeds,
+    sharded,
+    weights,
+)
 from fedsim import config as configuration
 from fedsim.adapters import initial_row
 from fedsim.config import Config
@@ -93,8 +107,12 @@ class World:
         )  # fmt: skip
 
 
-def load_world(config: Config, key: int) -> World:
-    """Model, tokens, clients and tests of a run."""
+def load_world(config: Config, key: int, shard: bool | None = None) -> World:
+    """Model, tokens, clients and tests of a run.
+
+    Args:
+        shard: what the leader has decided on; None: decide, and tell the others, who load now.
+    """
     of = config.attack
     hostile = attack.attack(of.kind, of.options) if of.on_updates else None
     domain = domains.load(config.data.domain)
@@ -106,10 +124,15 @@ def load_world(config: Config, key: int) -> World:
     tests = evaluate.suite(config, domain, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
-    if launch.size() > 1 and device.type == "cpu":
-        dtype = model.compute_dtype(config, device)
-        found = mapped(found, config, dtype, lambda: model.stock(found, config, device, "eager"))
-    base = model.load(found, config, device, targets)
+    dtype, leads = pretrained.compute_dtype(config, device), shard is None
+    if shard is None:
+        shard = sharded.wanted(config, found.numbers, dtype, device)
+    if launch.size() > 1 and device.type == "cpu" and not shard:
+        whole = partial(pretrained.stock, found, config, device, "eager")
+        found = mapped(found, config, dtype, whole)
+    if leads:
+        launch.meet(shard)  # what loading leaves in the caches is whole now
+    base = model.load(found, config, device, targets, shard=shard)
     engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
     digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
     return World(

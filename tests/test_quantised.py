@@ -21,7 +21,8 @@ from torch import nn
 
 from fedsim import quantised, simulate
 from fedsim.config import Config, build
-from fedsim.quantised import Packed, Room, bytes_each
+from fedsim.quantised import Packed, bytes_each
+from fedsim.room import Room
 from fedsim.weights import Weights
 from tests.conftest import require
 from tests.lab import CLIENTS, Lab

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from fedsim import domains, model, peft_io, record, references, seeds, weights
+from fedsim import domains, model, peft_io, pretrained, record, references, seeds, weights
 from fedsim.checkpoint import write_atomic
 from fedsim.config import Config, build, merge, override, resolved
 from fedsim.core import Score, pick_device
@@ -85,7 +85,7 @@ class Comparison:
         self, found: weights.Weights, tokenizer: Any, config: Config
     ) -> Iterator[tuple[Backend, str]]:
         device = pick_device(config.run.device)
-        precision = weights.precision(str(model.compute_dtype(config, device))[6:], config)
+        precision = weights.precision(str(pretrained.compute_dtype(config, device))[6:], config)
         if self.backend == "engine":
             targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
             base = model.load(found, config, device, targets)

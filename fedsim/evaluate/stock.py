@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedsim import model, peft_io
+from fedsim import peft_io, pretrained
 from fedsim.config import Config
 from fedsim.core import pick_device
 from fedsim.errors import ModelError
@@ -33,7 +33,7 @@ class Stock:
         self, weights: Weights, tokenizer: Any, config: Config, *, batch: int = 1,
         padding: Literal["left", "tokenizer"] = "left",
     ) -> None:  # fmt: skip
-        self._model = model.stock(weights, config, pick_device(config.run.device)).eval()
+        self._model = pretrained.stock(weights, config, pick_device(config.run.device)).eval()
         self._tokenizer, self._batch, self._padding = tokenizer, batch, padding
         self._eos = ends(tokenizer, self._model.generation_config)
 

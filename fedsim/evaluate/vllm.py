@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedsim import model, seeds
+from fedsim import pretrained, seeds
 from fedsim.config import Config
 from fedsim.core import pick_device
 from fedsim.errors import ConfigError, ModelError
@@ -86,7 +86,7 @@ class VLLM:
         self.tokenizer = tokenizer
         self.eos = ends(tokenizer, _generation(self.folder))
         self.patience = patience
-        self.dtype = str(model.compute_dtype(config, pick_device(config.run.device)))[6:]
+        self.dtype = str(pretrained.compute_dtype(config, pick_device(config.run.device)))[6:]
         self.rank = next(r for r in RANKS if r >= rank)
         self._warm = False
         self._worker: Worker | None = None
