@@ -43,8 +43,9 @@ class Packed:
         else:
             import bitsandbytes.functional as bnb
 
+            # Flat: with AVX-512, bitsandbytes 0.50 gives other values where a block ends amid a row.
             self._codes, self._state = bnb.quantize_4bit(
-                weight, quant_type=kind, compress_statistics=double
+                weight.view(1, -1), quant_type=kind, compress_statistics=double
             )
         whole = torch.empty_like(weight)
         self.into(whole)
@@ -59,9 +60,9 @@ class Packed:
         import bitsandbytes.functional as bnb
 
         if out.is_cuda:
-            bnb.dequantize_4bit(self._codes, self._state, out=out)
+            bnb.dequantize_4bit(self._codes, self._state, out=out.view(1, -1))
         else:  # bitsandbytes 0.50 writes to a given tensor on GPUs only
-            out.copy_(bnb.dequantize_4bit(self._codes, self._state))
+            out.view(1, -1).copy_(bnb.dequantize_4bit(self._codes, self._state))
 
     @property
     def nbytes(self) -> int:

@@ -48,6 +48,7 @@ class Trainer:
         self.budget = pass_budget(config, base.device)
         slots = min(config.train.slots, config.most_clients)
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
+        self._left = 0  # passes, empty ones included, that this process owes the others
         self.run = runner(self.backward, self.bank.grads, config, base)
 
     def train(
@@ -58,7 +59,7 @@ class Trainer:
 
         Args:
             memory: needed by rules whose clients keep something.
-            least: passes to make, empty ones at the end.
+            least: passes to make.
         """
         self._left = least
         starts = Starts(rule, plan, self.bank, self.config, memory)
@@ -79,11 +80,10 @@ class Trainer:
 
     def passes(self, plan: RoundPlan) -> int:
         """How many `train` makes."""
-        return sum(
-            1 for lane in plan.lanes
-            for _ in passes(self.config, self.store, self.population, plan, lane, self.budget,
-                            self.key)
-        )  # fmt: skip
+        return sum(1 for lane in plan.lanes for _ in self._passes(plan, lane))
+
+    def _passes(self, plan: RoundPlan, lane: np.ndarray) -> Iterator[tuple[Shift, Parts]]:
+        return passes(self.config, self.store, self.population, plan, lane, self.budget, self.key)
 
     def _lane(
         self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter
@@ -91,9 +91,7 @@ class Trainer:
         """Queue pass after pass; yields those who leave after it, by position in the lane."""
         visits: dict[int, _Visit] = {}
         state = _State(self.bank.slots, self.base.device, heeds=self._private is None)
-        for shift, parts in passes(
-            self.config, self.store, self.population, plan, lane, self.budget, self.key
-        ):
+        for shift, parts in self._passes(plan, lane):
             for slot, at in shift.enter:
                 index = int(lane[at])
                 visits[slot] = _Visit(index, starts.of(index), time.perf_counter())

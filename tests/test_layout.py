@@ -100,7 +100,7 @@ def test_peft_is_in_one_place() -> None:
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("vllm", "fedsim/evaluate/vllm_worker.py"), ("deepspeed", "fedsim/workers.py")],
+    [("vllm", "fedsim/evaluate/vllm_worker.py"), ("deepspeed", "fedsim/sharded.py")],
 )
 def test_extras_are_imported_late_and_in_one_place(package: str, home: str) -> None:
     assert offenders([f for f in CODE if f != home], package) == []
