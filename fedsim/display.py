@@ -11,6 +11,7 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +60,7 @@ class Display:
         self._console, self._meter = console, meter
         self._live = console.is_terminal
         self._stop = threading.Event()
-        self._printed = 0
+        self._printed = self._noted = 0
         self._evaluations = 0
         self._progress = Progress(
             TextColumn("{task.description}", style="bold"), BarColumn(bar_width=20),
@@ -98,6 +99,9 @@ class Display:
         if m.evaluations and not self._evaluations:
             self._evaluations = 1
             self._progress.console.print(f"[dim]evaluated in {m.totals['evaluate']:.1f} s[/dim]")
+        for note in m.notes[self._noted :]:
+            self._noted += 1
+            self._progress.console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
         for line in m.lines[self._printed :]:
             self._printed += 1
             seconds = line["seconds"]["train"]

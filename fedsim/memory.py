@@ -51,6 +51,12 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
 
 
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether an allocation has failed; torch's of the CPU is a RuntimeError among others."""
+    known = isinstance(failure, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator" in str(failure)
+
+
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps it between what is still in use, after the
     loading of 5 layers of width 1,024 in 4 bits 40 to 115 MiB of it."""

@@ -43,7 +43,7 @@ class Packed:
         else:
             import bitsandbytes.functional as bnb
 
-            # Flat: with AVX-512, bitsandbytes 0.50 gives other values where a block ends amid a row.
+            # Flat: with AVX-512 bitsandbytes 0.50 is wrong where a block ends amid a row.
             self._codes, self._state = bnb.quantize_4bit(
                 weight.view(1, -1), quant_type=kind, compress_statistics=double
             )

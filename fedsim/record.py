@@ -82,6 +82,7 @@ class Meter:
     totals: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the whole run
     seconds: dict[str, float] = field(default_factory=dict)  # seconds by phase, of the round
     lines: list[dict[str, Any]] = field(default_factory=list)  # finished rounds
+    notes: list[str] = field(default_factory=list)  # for people, in order
     _began: float = 0.0
     _trained: float = 0.0  # seconds of training up to the last step
     _loss: Tensor | None = None

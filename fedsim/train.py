@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,16 @@ from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, Population, RoundPlan
 from fedsim.data.tokens import TokenStore
 from fedsim.dp_sgd import DPSGD
+from fedsim.errors import RunError
 from fedsim.graphs import runner
 from fedsim.idle import idle
 from fedsim.local_terms import LocalTerms, Starts
 from fedsim.lora import Dropout, Pass
+from fedsim.memory import out_of_memory
 from fedsim.model import Base
 from fedsim.packing import Parts, filled, pack, passes
 from fedsim.plan import Shift, pass_budget
+from fedsim.visits import Finished, State, Visit
 
 if TYPE_CHECKING:
     from fedsim.record import Meter
@@ -48,6 +51,7 @@ class Trainer:
         self.budget = pass_budget(config, base.device)
         slots = min(config.train.slots, config.most_clients)
         self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
+        self.halved = False
         self._left = 0  # passes, empty ones included, that this process owes the others
         self.run = runner(self.backward, self.bank.grads, config, base)
 
@@ -64,19 +68,52 @@ class Trainer:
         self._left = least
         starts = Starts(rule, plan, self.bank, self.config, memory)
         terms = LocalTerms(rule, self.bank)
-        self._private = DPSGD.of(self.config, plan, rule, self.bank, self.population, self.key)
         for lane in plan.lanes:
-            finished: dict[int, _Finished] = {}
-            following = 0
-            for done in chain(self._lane(plan, lane, starts, terms, meter), [{}]):
-                # Those of earlier passes: the device is busy with this one meanwhile.
-                while following in finished:
-                    yield finished.pop(following).update()
-                    following += 1
-                finished |= done
+            yield from self._in_order(plan, rule, lane, starts, terms, meter)
         for _ in range(self._left):
             idle(self.base, self.config, self.key)
         self.base.rest()
+
+    def _in_order(
+        self, plan: RoundPlan, rule: LocalRule, lane: np.ndarray, starts: Starts,
+        terms: LocalTerms, meter: Meter,
+    ) -> Iterator[ClientUpdates]:  # fmt: skip
+        """A lane's updates, in its order. Where memory runs out in a pass, whoever is not finished
+        begins again, with half the budget."""
+        waiting, left = deque(map(int, lane)), lane
+        finished: dict[int, Finished] = {}  # by position in the plan
+        while waiting:
+            self._private = DPSGD.of(
+                self.config, plan, rule, self.bank, self.population, self.key
+            )  # fmt: skip
+            try:
+                for done in chain(self._lane(plan, left, starts, terms, meter), [{}]):
+                    # Those of earlier passes: the device is busy with this one meanwhile.
+                    while waiting and waiting[0] in finished:
+                        yield finished.pop(waiting.popleft()).update()
+                    finished |= done
+            except (RuntimeError, MemoryError) as failure:
+                if not out_of_memory(failure):
+                    raise
+                self._halve(failure, meter)
+            left = np.array([i for i in waiting if i not in finished], dtype=np.int64)
+
+    def _halve(self, failure: BaseException, meter: Meter) -> None:
+        """From now on passes have half the budget. Raises RunError the second time, where a chunk
+        would not fit, and over a sharded base, where others are amid the same pass."""
+        half = self.budget // 2
+        if self.halved or self.base.shards or half < self.config.largest_chunk:
+            raise RunError(
+                f"memory has run out in a pass of at most {self.budget:,} tokens",
+                remedy="Lower train.budget_tokens or train.slots, or set train.recompute = "
+                '"always".',
+            ) from failure
+        self.base.rest()
+        self.budget, self.halved = half, True
+        meter.notes.append(
+            f"memory has run out: passes of at most {half:,} tokens from now on; clients who had "
+            "not finished begin again"
+        )
 
     def passes(self, plan: RoundPlan) -> int:
         """How many `train` makes."""
@@ -87,14 +124,14 @@ class Trainer:
 
     def _lane(
         self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter
-    ) -> Iterator[dict[int, _Finished]]:
-        """Queue pass after pass; yields those who leave after it, by position in the lane."""
-        visits: dict[int, _Visit] = {}
-        state = _State(self.bank.slots, self.base.device, heeds=self._private is None)
+    ) -> Iterator[dict[int, Finished]]:
+        """Queue pass after pass; yields those who leave after it, by position in the plan."""
+        visits: dict[int, Visit] = {}
+        state = State(self.bank.slots, self.base.device, heeds=self._private is None)
         for shift, parts in self._passes(plan, lane):
             for slot, at in shift.enter:
                 index = int(lane[at])
-                visits[slot] = _Visit(index, starts.of(index), time.perf_counter())
+                visits[slot] = Visit(index, starts.of(index), time.perf_counter())
                 self.bank.load(slot, visits[slot].start)
                 terms.enter(slot, visits[slot].start, starts.control(index))
             who = {slot: visit.index for slot, visit in visits.items()}
@@ -113,10 +150,10 @@ class Trainer:
             left = {}
             if shift.leave:
                 figures = state.read()
-                for slot, at in shift.leave:
+                for slot, _ in shift.leave:
                     row = self.bank.rows[slot].clone()
-                    kept = Reading(row) if self._host else row
-                    left[at] = _Finished(visits.pop(slot), slot, kept, figures)
+                    kept, visit = Reading(row) if self._host else row, visits.pop(slot)
+                    left[visit.index] = Finished(visit, slot, kept, figures)
             yield left
 
     def gradients(self, plan: RoundPlan, who: dict[int, int], parts: Parts) -> tuple[Tensor, int]:
@@ -195,7 +232,7 @@ class Trainer:
         return Dropout(p, self.key, counters)
 
     def _optimise(
-        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: _State, terms: LocalTerms,
+        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: State, terms: LocalTerms,
         loss: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """One AdamW step of every client whose step is complete; nothing waits for the device.
@@ -232,69 +269,3 @@ class Trainer:
         state.ok &= ~completes | torch.isfinite(norms)
         terms.move(ranks, lr, state.ok)
         return torch.where(completes, state.loss, float("nan"))
-
-
-class _State:
-    """What has come out of each slot's client, on the device, (K,) each.
-
-    Attributes:
-        loss: of the present step, as far as it was passed. first: of the first step.
-        ok: False from the first loss or gradient on that was not finite. A sick client keeps its
-            slot until its steps are over: finding out earlier would stop the device.
-        heeds: losses; under privacy of examples nothing that the server sees may hang on them.
-    """
-
-    def __init__(self, slots: int, device: torch.device, *, heeds: bool) -> None:
-        self.heeds = heeds
-        self.loss = torch.zeros(slots, dtype=torch.float64, device=device)
-        self.first = torch.zeros_like(self.loss)
-        self.ok = torch.ones(slots, dtype=torch.bool, device=device)
-
-    def add(
-        self, loss: Tensor, *, enters: Tensor, begins: Tensor, first: Tensor, completes: Tensor
-    ) -> None:
-        """Take in one pass; the flags are (K,) bool."""
-        self.loss = torch.where(begins, loss, self.loss + loss)
-        self.first = torch.where(first, self.loss, self.first)
-        self.ok = self.ok | enters
-        if self.heeds:
-            self.ok &= ~completes | torch.isfinite(self.loss)
-
-    def read(self) -> Reading:
-        """(3, K) first loss, last loss, ok."""
-        return Reading(torch.stack([self.first, self.loss, self.ok.double()]))
-
-
-@dataclass
-class _Visit:
-    """A client in its slot."""
-
-    index: int  # in the plan
-    start: Tensor  # (P,)
-    began: float
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A client that left its slot."""
-
-    visit: _Visit
-    slot: int
-    row: Tensor | Reading  # (P,)
-    figures: Reading
-
-    def update(self) -> ClientUpdates:
-        """Its update; waits until the device has come to its end."""
-        first, last, ok = self.figures.tensor()[:, self.slot].tolist()
-        row = self.row.tensor() if isinstance(self.row, Reading) else self.row
-        return ClientUpdates(
-            index=np.array([self.visit.index]),
-            row=row[None],
-            start=self.visit.start,
-            tokens=np.array([self.visit.tokens]),
-            loss_first=np.array([first]),
-            loss_last=np.array([last]),
-            ok=np.array([ok != 0]),
-            seconds=time.perf_counter() - self.visit.began,
-        )

@@ -197,6 +197,8 @@ def follow(config: Config) -> Path:
             with _talking(gone):
                 dist.send(header(update), 0)
                 dist.send(update.row[0], 0)
+        for note in meter.notes:
+            print(f"process {rank()}: {note}", file=sys.stderr)
         end = [-1, meter.passes, meter.rows, meter.room, 0, 0]
         with _talking(gone):
             dist.send(torch.tensor(end, dtype=torch.float64), 0)

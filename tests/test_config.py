@@ -26,6 +26,7 @@ from fedsim.errors import ConfigError, DataError, FedSimError, nearest
 PINNED = """
 run.name run.seed run.protocol run.device run.out
 model.name model.revision model.dtype model.quantisation model.double_quantisation model.hold
+model.sharding model.offload
 adapter.rank adapter.ranks adapter.alpha adapter.rslora adapter.lora_plus adapter.dora
 adapter.init adapter.dropout adapter.targets
 data.domain data.source data.dir data.train data.max_length data.limit
@@ -51,6 +52,7 @@ REFUSED: dict[str, list[Any]] = {
     "model.name": [1], "model.revision": [1], "model.dtype": ["float16", "fp32"],
     "model.quantisation": ["int5", 4], "model.double_quantisation": ["yes", 1],
     "model.hold": ["codes"],
+    "model.sharding": ["zero2"], "model.offload": ["disk"],
     "adapter.rank": [0, 1025, 8.0, "8"], "adapter.ranks": [8, "8"],
     "adapter.alpha": [0.0, -1.0, "16"], "adapter.rslora": [1], "adapter.lora_plus": [0.5, "16"],
     "adapter.dora": ["yes"], "adapter.init": ["random", 1],

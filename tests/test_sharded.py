@@ -8,20 +8,13 @@ every round has processes without any.
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsim.config import Config, build
-from fedsim.errors import ConfigError
 from tests.conftest import require
-from tests.test_workers import configuration, killed, outcome, run, start
+from tests.test_workers import configuration, run
 
 
 @pytest.fixture(autouse=True, scope="module")
