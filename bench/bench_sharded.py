@@ -1,7 +1,7 @@
 """Does a model train of which no process ever holds a copy, and what does sharing it cost?
 
 A random Llama of 1.07 billion fp32 weights (16 layers of width 2,048, the vocabulary of
-SmolLM2-135M-Instruct), 8 clients x batch 2 of FinGPT sentiment, rank 16 on all linears, in 4
+SmolLM2-135M-Instruct), 8 clients x batch 2 of FinGPT sentiment, rank 32 on q_proj and v_proj, in 4
 processes of one thread: sharded by ZeRO-3, and with the whole base, which all four then map from
 one file. The same rounds, whole; seconds are those between the lines that a round and the one
 before it add to rounds.jsonl. First, both must have learnt the same, as far as packings may differ.
@@ -83,7 +83,7 @@ def whole_run(model: Path, data: Path, rounds: int, sharding: str) -> Seen:
         values = {
             "run": {"name": "run", "out": str(folder)},
             "model": {"name": str(model), "dtype": "float32", "sharding": sharding},
-            "adapter": {"rank": 16, "alpha": 32.0, "targets": ["all-linear"]},
+            "adapter": {"rank": 32, "alpha": 64.0, "targets": ["q_proj", "v_proj"]},
             "data": {"source": "directory", "dir": str(data)},
             "clients": {"number": CLIENTS},
             "server": {"fraction": 1.0, "rounds": rounds, "export_every": rounds},
@@ -91,11 +91,11 @@ def whole_run(model: Path, data: Path, rounds: int, sharding: str) -> Seen:
             "evaluate": {"limit": 0},
         }  # fmt: skip
         (folder / "run.toml").write_text(tomli_w.dumps(values))
-        began = time.perf_counter()
+        began, errors = time.perf_counter(), (folder / "errors").open("w+")
         started = subprocess.Popen(
             [sys.executable, "-m", "fedsim", "run", str(folder / "run.toml"), "--devices",
              str(PROCESSES)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, stderr=errors, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1",
                               "FEDSIM_CACHE": str(model.parent / "cache")},
         )  # fmt: skip
@@ -107,9 +107,11 @@ def whole_run(model: Path, data: Path, rounds: int, sharding: str) -> Seen:
             with suppress(FileNotFoundError):
                 peaks(family(started.pid)[1:], most)
             time.sleep(0.02)
-        assert started.stderr is not None
+        errors.seek(0)
+        said = errors.read()
+        errors.close()
         if started.returncode or len(at) != rounds + 1:
-            raise RunError(f"sharding = {sharding}: {started.stderr.read()[-500:]}")
+            raise RunError(f"sharding = {sharding}: {said[-500:]}")
         last = folder / "run" / "adapters" / f"round_{rounds:05d}" / "adapter_model.safetensors"
         seconds = [b - a for a, b in pairwise(at)]
         return Seen(seconds[0], tuple(seconds[1:]), tuple(most.values()), load_file(last))

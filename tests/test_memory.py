@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,9 @@ STRICT: dict[str, Any] = {
 
 def outcome(folder: Path) -> tuple[str, dict[str, Any]]:
     last = sorted((folder / "adapters").iterdir())[-1]
-    rows = {k: v.numpy().tobytes() for k, v in load_file(last / "adapter_model.safetensors").items()}
+    rows = {
+        k: v.numpy().tobytes() for k, v in load_file(last / "adapter_model.safetensors").items()
+    }
     return (folder / "clients.jsonl").read_text(), rows
 
 
@@ -86,9 +85,7 @@ def test_the_second_time_it_ends(
         simulate.run(settings(**STRICT))
 
 
-def test_no_chunk_is_cut(
-    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_chunk_is_cut(settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 768 do not fit half of 1,024."""
     failing(monkeypatch, {2})
     with pytest.raises(RunError, match=r"at most 1,024 tokens"):
