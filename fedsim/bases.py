@@ -23,12 +23,8 @@ class Model(Section):
         "none", description="where a process keeps its part of a sharded base"
     )
 
-    def misfit(self, init: str) -> str:
-        """What cannot be, or "".
-
-        Args:
-            init: of the adapters.
-        """
+    def misfit(self) -> str:
+        """What cannot be, or ""."""
         if self.offload == "nvme":
             return (
                 "model.offload: got nvme; expected none or cpu: parts that DeepSpeed swaps to NVMe "
@@ -43,10 +39,5 @@ class Model(Section):
             return (
                 f"model.sharding: got zero3; expected none with model.quantisation = "
                 f"{self.quantisation}: a base is held in few bits or in parts"
-            )
-        if self.sharding == "zero3" and init == "pissa":
-            return (
-                "adapter.init: got pissa; expected default with model.sharding = zero3, whose "
-                "weights no adapter changes"
             )
         return ""

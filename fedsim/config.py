@@ -176,7 +176,7 @@ class Config(Section):
                 "run.protocol = flowertune"
             )
         server = self.channel.misfit(self.per_round) or self.privacy.misfit(self)
-        base = self.model.misfit(self.adapter.init)
+        base = self.model.misfit()
         if misfit := self.clients.misfit() or self.attack.misfit() or server or base:
             raise ValueError(misfit)
         return self

@@ -26,6 +26,7 @@ from fedsim.batch import PackedBatch, on_device
 from fedsim.config import Config
 from fedsim.errors import RunError
 from fedsim.lora import Pass
+from fedsim.memory import out_of_memory
 from fedsim.model import Base
 from fedsim_kernels.cuda.tiles import PIECE, ROWS, tile_tables
 from fedsim_kernels.dispatch import chosen
@@ -196,6 +197,8 @@ class Graphs:
         try:
             replay = self._capture(lambda: kept.run(self._run))
         except RuntimeError as failure:
+            if out_of_memory(failure):
+                raise
             raise RunError(f"a pass cannot be recorded ({failure})",
                            expected="one that never waits", remedy=remedy) from failure  # fmt: skip
         want = kept.loss.clone(), self._grads[slots]

@@ -148,6 +148,7 @@ class Site(nn.Module):
     def enter(self, work: Pass | None) -> None:
         """Take part in a pass, or in none: then the frozen linear stands alone."""
         self.work, self.labels = work, None
+        self.__dict__.pop("given", None)  # of a pass that was broken off
         if work is not None and self.late and work.label_rows is not None:
             self.work, self.labels = work.at_labels(), (work.label_rows, work.label_repeats)
 

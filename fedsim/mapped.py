@@ -114,7 +114,13 @@ def read(weights: Weights, dtype: torch.dtype, attention: str | None) -> Any:
             expected="the file of this base",
             remedy="Delete it; the next run writes it again.",
         ) from failure
-    if (weights.path / "generation_config.json").is_file():
-        settings = transformers.GenerationConfig.from_pretrained(weights.path)
-        model.generation_config = settings
+    own_generation(model, weights)
     return model
+
+
+def own_generation(model: Any, weights: Weights) -> None:
+    """Give a model that was made from values its folder's settings of generation."""
+    from transformers import GenerationConfig
+
+    if (weights.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(weights.path)

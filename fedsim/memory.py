@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fedsim.config import Config
 from fedsim.plan import pass_budget
@@ -71,3 +72,10 @@ def recomputes(config: Config, hf: Any, device: torch.device, dtype: torch.dtype
         return config.train.recompute == "always"
     kept = activation_bytes(hf, pass_budget(config, device), dtype.itemsize)
     return kept > free_bytes(device) // 2
+
+
+def agreed(word: bool) -> bool:
+    """The leader's word, where all processes must make the same passes."""
+    words = [word]
+    dist.broadcast_object_list(words, src=0)
+    return words[0]

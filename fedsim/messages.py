@@ -62,7 +62,9 @@ class Inbox:
 
     def __init__(self, process: int, order: Order, most: int, base: Base) -> None:
         self._process, self._order = process, order
-        self._numbers, self._pinned = base.layout.size, base.device.type == "cuda"
+        # Over a sharded base nothing may wait for a GPU that waits for the other process.
+        self._pinned = base.device.type == "cuda" and base.shards is None
+        self._numbers = base.layout.size
         lanes = part(order, process).lanes
         self._left = deque(map(int, chain.from_iterable(lanes)))
         self._queue: Queue[tuple[Tensor, Tensor] | None] = Queue(most)

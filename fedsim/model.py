@@ -26,7 +26,7 @@ from fedsim.fused import (
 )
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
-from fedsim.memory import give_back, recomputes
+from fedsim.memory import agreed, give_back, recomputes
 from fedsim.pretrained import compute_dtype, stock
 from fedsim.quantised import holds
 from fedsim.sharded import Shards
@@ -98,7 +98,12 @@ class Base:
         with torch.no_grad():
             self._check(probe, stock)
             self._check_last_layer(probe)
-        if recomputes(config, model.config, self.device, self.dtype):
+        again = recomputes(config, model.config, self.device, self.dtype)
+        if self.shards:  # all make the same passes
+            again = agreed(again)
+            if config.adapter.dora:  # norms of the weights are gathered here, by all
+                self.magnitudes(torch.zeros(self.layout.size, device=self.device))
+        if again:
             model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )

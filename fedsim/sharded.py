@@ -27,7 +27,8 @@ from fedsim import launch, strategies
 from fedsim.config import Config
 from fedsim.errors import ConfigError, ModelError, RunError
 from fedsim.linears import linears
-from fedsim.memory import free_bytes
+from fedsim.mapped import own_generation
+from fedsim.memory import free_bytes, out_of_memory
 from fedsim.room import Room, replace
 from fedsim.weights import Weights
 
@@ -98,18 +99,22 @@ class Shard:
         """The weight, in all processes."""
         import deepspeed
 
+        whole = deepspeed.zero.GatheredParameters(self._parameter)
         try:
             if self._shards.asking:
                 dist.broadcast_object_list([self._number], src=0)
-            with deepspeed.zero.GatheredParameters(self._parameter):
-                yield self._parameter.data
-        except torch.OutOfMemoryError:
-            raise
+            whole.__enter__()
         except RuntimeError as failure:  # how gloo reports a lost peer
+            if out_of_memory(failure):
+                raise
             raise RunError(
-                "a process that holds a part of the base is gone",
-                remedy="Go on with --resume, on any number of processes.",
+                f"a weight of the sharded base cannot be gathered ({failure})",
+                remedy="A process may be gone: go on with --resume, on several processes.",
             ) from failure
+        try:
+            yield self._parameter.data
+        finally:
+            whole.__exit__(None, None, None)
 
 
 def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -120,7 +125,7 @@ def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.devic
         numbers: weights of the base.
 
     Raises:
-        ConfigError: there is one process only, or the rule changes the base.
+        ConfigError: there is one process only, or the rule or PiSSA changes the base.
     """
     how = config.model.sharding
     if how == "auto":
@@ -133,11 +138,12 @@ def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.devic
             "model.sharding = zero3", got="one process", expected="several, to share the base",
             remedy="Add --devices, or start it with torchrun.",
         )  # fmt: skip
-    if strategies.load(config.server.strategy, config.server.options).joins:
+    rule, init = config.server.strategy, config.adapter.init
+    if strategies.load(rule, config.server.options).joins or init == "pissa":
         raise ConfigError(
-            "server.strategy over a sharded base", got=config.server.strategy,
-            expected="a rule that leaves the base as it is",
-            remedy='Set model.sharding = "none", or choose another rule.',
+            "a sharded base", got=f"server.strategy = {rule}, adapter.init = {init}",
+            expected="neither a rule nor adapters that change the base",
+            remedy='Change them, or set model.sharding = "none" where the base fits a device.',
         )  # fmt: skip
     return True
 
@@ -148,7 +154,7 @@ def _group(device: torch.device) -> Any:
     Raises:
         ModelError: DeepSpeed is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")
     warnings.filterwarnings("ignore", r".*all_gather_into_tensor", FutureWarning)
     try:
@@ -177,26 +183,33 @@ def read(weights: Weights, config: Config, dtype: torch.dtype, device: torch.dev
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     spread = {f"{name}.weight" for name in linears(empty)}
-    if missing := spread - entries.keys():
-        raise ModelError(
-            f"{weights.origin} cannot be loaded in shards: it lacks {min(missing)}",
-            expected="safetensors files with the model's own names of weights",
-            remedy='Set model.sharding = "none", or save it with save_pretrained of transformers.',
-        )  # fmt: skip
+
+    def refuse(missing: set[str]) -> None:
+        if missing:
+            raise ModelError(
+                f"{weights.origin} cannot be loaded in shards: it lacks {min(missing)}",
+                expected="safetensors files with the model's own names of weights",
+                remedy='Set model.sharding = "none".',
+            )
+
+    refuse(spread - entries.keys())
 
     def tensor(name: str) -> Tensor:
         from safetensors import safe_open
 
         with safe_open(entries[name]["file"], "pt") as file:
             found: Tensor = file.get_tensor(name)
-        return found.to(dtype=dtype, copy=True)
+        return found.to(dtype=dtype if found.is_floating_point() else found.dtype, copy=True)
 
     # What is spread is nothing but a shape here.
     values = {n: torch.zeros((), dtype=dtype).expand(v.shape) if n in spread else tensor(n)
               for n, v in empty.state_dict().items() if n in entries}  # fmt: skip
-    model = type(empty).from_pretrained(
-        None, config=hf, state_dict=values, dtype=dtype, attn_implementation="eager"
-    )
+    model, report = type(empty).from_pretrained(
+        None, config=hf, state_dict=values, dtype=dtype, attn_implementation="eager",
+        output_loading_info=True,
+    )  # fmt: skip
+    refuse({*report["missing_keys"]})
+    own_generation(model, weights)
     shards, room = Shards(group, offload=config.model.offload == "cpu"), Room()
     for name, linear in linears(model).items():
         whole = torch.empty(linear.weight.shape, dtype=dtype, device=device)

@@ -51,7 +51,9 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
-    trainer = workers.team(Trainer(base, world.data.store, world.data.population, config, key))
+    store, people = world.data.store, world.data.population
+    # Over a sharded base finished rows may lie long: the leader's wait for those of others.
+    trainer = workers.team(Trainer(base, store, people, config, key, host=bool(base.shards)))
     ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})

@@ -68,24 +68,21 @@ class Trainer:
         self._left = least
         starts = Starts(rule, plan, self.bank, self.config, memory)
         terms = LocalTerms(rule, self.bank)
+        self._private = DPSGD.of(self.config, plan, rule, self.bank, self.population, self.key)
         for lane in plan.lanes:
-            yield from self._in_order(plan, rule, lane, starts, terms, meter)
+            yield from self._in_order(plan, lane, starts, terms, meter)
         for _ in range(self._left):
             idle(self.base, self.config, self.key)
         self.base.rest()
 
     def _in_order(
-        self, plan: RoundPlan, rule: LocalRule, lane: np.ndarray, starts: Starts,
-        terms: LocalTerms, meter: Meter,
-    ) -> Iterator[ClientUpdates]:  # fmt: skip
+        self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter
+    ) -> Iterator[ClientUpdates]:
         """A lane's updates, in its order. Where memory runs out in a pass, whoever is not finished
         begins again, with half the budget."""
         waiting, left = deque(map(int, lane)), lane
         finished: dict[int, Finished] = {}  # by position in the plan
         while waiting:
-            self._private = DPSGD.of(
-                self.config, plan, rule, self.bank, self.population, self.key
-            )  # fmt: skip
             try:
                 for done in chain(self._lane(plan, left, starts, terms, meter), [{}]):
                     # Those of earlier passes: the device is busy with this one meanwhile.

@@ -1,10 +1,11 @@
 """Several processes train the clients of a round: one leads, the others follow.
 
-Each holds the base and trains its share of every lane. The leader runs the simulation; a round's
-order - plan, rule, what has joined the base - goes out to all, and the rows come back in the plan's
-order, so that the server meets the same updates in the same order whatever the number of
-processes. Inside a round clients need nothing of each other, and nothing else is sent. gloo carries
-all of it, also between GPUs: a row is small beside the visit that made it.
+Each holds the base, or a part of it (`sharded.py`), and trains its share of every lane. The leader
+runs the simulation; a round's order - plan, rule, what has joined the base - goes out to all, and
+the rows come back in the plan's order, so that the server meets the same updates in the same order
+whatever the number of processes. Inside a round clients need nothing of each other, and nothing
+else is sent but the weights of a sharded base. gloo carries all the rest, also between GPUs: a row
+is small beside the visit that made it.
 
 An error ends all processes. Those on other machines must see the run's folder, where clients' rows
 lie.
@@ -146,7 +147,8 @@ class Leader:
         device = self._trainer.base.device
         for index in map(int, np.concatenate(order.plan.lanes)):
             if not order.owner[index]:
-                yield mine.popleft() if mine else next(own)
+                done = mine.popleft() if mine else next(own)
+                yield replace(done, row=done.row.to(device, non_blocking=True))
                 continue
             inbox = _inboxes[order.owner[index] - 1]
             while inbox.empty and len(mine) < self._most and (more := next(own, None)):

@@ -74,7 +74,9 @@ def test_private_examples_begin_again_too(
     )  # fmt: skip
     want = outcome(simulate.run(config, fresh=True))
     failing(monkeypatch, {3})
-    assert outcome(simulate.run(config, fresh=True)) == want
+    meter = Meter()
+    assert outcome(simulate.run(config, fresh=True, meter=meter)) == want
+    assert len(meter.notes) == 1
 
 
 def test_the_second_time_it_ends(
