@@ -226,6 +226,32 @@ def workers() -> str:
     ])  # fmt: skip
 
 
+def sharded() -> str:
+    """A base that no process holds whole, from sharded.json."""
+    if not (result := _measured("sharded")):
+        return ""
+    lines = [
+        "| base of 1.07 billion fp32 weights | s a round | s to the first round's end | "
+        "largest peak of a process, MiB |",
+        "|---|---|---|---|",
+    ]
+    for how, name in (("zero3", "in parts (ZeRO-3)"), ("none", "whole, one mapped file")):
+        arm = result["arms"][how]
+        seconds = sorted(arm["round_s"])
+        lines.append(
+            f"| {name} | {_three(seconds[len(seconds) // 2])} | {arm['first_s']:,.0f} | "
+            f"{max(arm['peak_mib']):,.0f} |"
+        )
+    return "\n".join([
+        *lines, "",
+        f"Four processes of one thread; the weights are {result['weights_mib']:,.0f} MiB, of which "
+        f"the largest process in parts peaks at {result['summary']['peak_over_weights']:.2f} "
+        f"(resident, with Python, slots and activations). It takes "
+        f"{_cell(result['sharded_over_whole'])} times as long. {_machine(result)}. "
+        "`bench/bench_sharded.py`.",
+    ])  # fmt: skip
+
+
 def _three(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -234,7 +260,8 @@ def _three(value: float) -> str:
 def render(text: str) -> str:
     """The README with its generated parts renewed."""
     parts = {"demo": demo, "bench": clients, "engine": engine, "eval": evaluation,
-             "aggregation": aggregation, "workers": workers, "domains": domains}  # fmt: skip
+             "aggregation": aggregation, "workers": workers,
+             "sharded": sharded, "domains": domains}  # fmt: skip
     for name, make in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(begin)

@@ -70,7 +70,8 @@ def test_private_examples_begin_again_too(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(
-        **STRICT, privacy__level="example", privacy__noise=1.0, privacy__clip=1.0, privacy__delta=1e-3
+        **STRICT, privacy__level="example", privacy__noise=1.0, privacy__clip=1.0,
+        privacy__delta=1e-3,
     )  # fmt: skip
     want = outcome(simulate.run(config, fresh=True))
     failing(monkeypatch, {3})

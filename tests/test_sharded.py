@@ -64,8 +64,8 @@ def test_norms_of_a_last_layer_that_stays_whole(tiny: Any, tmp_path: Path) -> No
     """DoRA needs ||W|| of every weight, which all gather when they load; the check of a shortened
     last layer would have done so, but Gemma 2's is not shortened."""
     base = {"model__name": str(tiny("gemma2")), "adapter__dora": True, "server__rounds": 1}
-    alone = configuration(tiny, tmp_path / "1", "fedavg", **base)
-    assert run(sharded(tiny, tmp_path / "2", "fedavg", **base), 2) == run(alone, 1)
+    alone = configuration(tiny, tmp_path / "1", "scaffold", **base)
+    assert run(sharded(tiny, tmp_path / "2", **base), 2) == run(alone, 1)
 
 
 def test_a_lost_process_ends_the_run_and_it_goes_on(tiny: Any, tmp_path: Path) -> None:
