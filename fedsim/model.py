@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsim import sharded
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
@@ -29,10 +28,12 @@ from fedsim.lora import Pass, Site, SiteMember
 from fedsim.memory import agreed, give_back, recomputes
 from fedsim.pretrained import compute_dtype, stock
 from fedsim.quantised import holds
-from fedsim.sharded import Shards
 from fedsim.weights import Weights
 from fedsim_kernels.linear_xent import head_logits
 from fedsim_kernels.segments import Segments
+
+if TYPE_CHECKING:
+    from fedsim.sharded import Shards
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout",
              "dropout")  # fmt: skip
@@ -269,6 +270,8 @@ def load(
     AttentionInterface.register("fedsim", attention)
     dtype = compute_dtype(config, device)
     if shard:
+        from fedsim import sharded  # DeepSpeed's part of fedsim, for those who ask for it
+
         found = sharded.read(weights, config, dtype, device)
     else:
         pack = weights.values is None and holds(weights.numbers, config, dtype, device)
