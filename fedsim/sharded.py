@@ -99,11 +99,11 @@ class Shard:
         """The weight, in all processes."""
         import deepspeed
 
-        whole = deepspeed.zero.GatheredParameters(self._parameter)
         try:
             if self._shards.asking:
                 dist.broadcast_object_list([self._number], src=0)
-            whole.__enter__()
+            with deepspeed.zero.GatheredParameters(self._parameter):
+                yield self._parameter.data
         except RuntimeError as failure:  # how gloo reports a lost peer
             if out_of_memory(failure):
                 raise
@@ -111,10 +111,6 @@ class Shard:
                 f"a weight of the sharded base cannot be gathered ({failure})",
                 remedy="A process may be gone: go on with --resume, on several processes.",
             ) from failure
-        try:
-            yield self._parameter.data
-        finally:
-            whole.__exit__(None, None, None)
 
 
 def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """A base in parts on several processes trains as a whole one does: the same bits.
 
 Real DeepSpeed, in real processes. Compared are every client's line, the scores and the exported
-adapters with those of one process that holds the base whole; clients are so few and so unlike that
-every round has processes without any.
+adapters with those of one process that holds the base whole. Clients are unlike, so processes make
+empty passes; in one case there are fewer clients than processes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_the_same_bits_as_over_a_whole_base(
     assert run(file, processes) == run(alone, 1)
     assert scores(file) == scores(alone)
     model = json.loads((file.parent / "run" / "environment.json").read_text())["model"]
-    # 2 layers of 7 linears: 9,216 numbers in each, in parts of whole numbers.
+    # 2 layers of 7 linears, each in parts of whole numbers.
     assert (model["held"], model["shards"]) == ("sharded", 14)
     assert model["shard_bytes"] == 4 * 2 * sum(-(-n // processes) for n in LINEARS)
 
