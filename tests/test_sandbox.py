@@ -166,6 +166,16 @@ def test_attacks_fail_and_leave_nothing(
     assert marked(mark) == [] and psutil.Process().children(recursive=True) == []
 
 
+def test_a_neighbour_keeps_its_room_to_fork(kind: str, places: dict[str, Any]) -> None:
+    """Both stay within their 16 processes, but have more together."""
+    if kind == "Landlock" and os.geteuid() != 0:
+        pytest.skip("only root can run programs as different users")
+    source = "import os, time\ntime.sleep({})\nfor _ in range(14):\n if not os.fork(): " \
+        "time.sleep({}); os._exit(0)\nfor _ in range(14): os.wait()"  # fmt: skip
+    programs = [Program("python", source.format(*times), 20.0) for times in ((1, 3), (2, 0))]
+    assert [v.end for v in grade(programs, limits=SMALL, workers=2)] == ["passed", "passed"]
+
+
 def test_what_is_seen_is_not_written(
     kind: str, places: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +295,7 @@ commands._packages = lambda: packages
 sandbox._walls = lambda: order["walls"]
 me, limits = str(os.getpid()), commands.Limits(**order["limits"])
 programs = [Program(x, text.replace("{pid}", me), t) for x, text, t in order["programs"]]
-verdicts = sandbox.grade(programs, workers=2, limits=limits)
+verdicts = sandbox.grade(programs, workers=order["workers"], limits=limits)
 json.dump([[v.end, v.detail] for v in verdicts], sys.stdout)
 """
 
@@ -319,7 +329,9 @@ def test_attacks_fail_for_an_ordinary_user(which: str, mark: str, places: dict[s
         os.chown(place, user, user)
     places["pid"] = "{pid}"  # the process knows it better
     programs = [astuple(attack("python", name, places)[0]) for name in attacks.PYTHON]
-    order = {"walls": which, "mark": mark, "programs": programs, "limits": vars(SMALL)}
+    workers = 1 if which == "Landlock" else 2  # as one user a fork bomb takes a neighbour's room
+    order = {"walls": which, "mark": mark, "programs": programs, "limits": vars(SMALL),
+             "workers": workers}  # fmt: skip
     process = grader(str(python), order, **who)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -330,7 +342,7 @@ def test_attacks_fail_for_an_ordinary_user(which: str, mark: str, places: dict[s
 
 def endless(mark: str, kind: str, number: int) -> subprocess.Popen[str]:
     programs = [("python", "import time; time.sleep(99)", 4.0)] * number
-    order = {"walls": kind, "mark": mark, "programs": programs, "limits": vars(SMALL)}
+    order = {"walls": kind, "mark": mark, "programs": programs, "limits": vars(SMALL), "workers": 2}
     process = grader(sys.executable, order)
     start = time.monotonic()
     while not marked(mark):

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ End = Literal[
 
 LIMITS = Limits()
 _WATCHED: tuple[End, ...] = ("timeout", "memory", "processes")
-_NOBODY = 65534
+_USERS = range(61184, 65520)  # those that systemd sets aside for passing services
 _SLACK = 120.0  # seconds beyond all limits after which the jail itself must hang
 _TRIVIAL = {
     "python": Program("python", "", 20.0),
@@ -115,12 +116,13 @@ def isolation() -> list[tuple[str, str]]:
         ]
     else:
         gaps += ", total size of the folder"
+        gaps += ", room to fork beside a neighbour's fork bomb" if os.geteuid() else ""
         rows = [
             ("processes", "signals to others are refused; descendants are hunted down at the end"),
             ("network", "sockets are refused"),
             ("files", "sees system and packages only; writes one temporary folder"),
         ]
-    user = "nobody" if os.geteuid() == 0 else "the caller, without rights"
+    user = "a passing one, without rights" if os.geteuid() == 0 else "the caller, without rights"
     found = [(language, commands.tool(language) or "not installed") for language in _TRIVIAL]
     return [("generated code", f"runs behind {walls}"), *rows, ("user", user), *found,
             ("not covered", gaps)]  # fmt: skip
@@ -171,18 +173,27 @@ def _verdict(program: Program, limits: Limits, walls: Walls) -> Verdict:
     box = tempfile.mkdtemp(prefix="fedsim-")
     try:
         if os.geteuid() == 0:
-            os.chown(box, _NOBODY, _NOBODY)
+            os.chown(box, _user(), _user())
         return _within(os.path.realpath(box), program, limits, walls)
     finally:  # not in Python: folders may be closed, or nested beyond its recursion limit
         subprocess.run(["chmod", "-R", "u+rwx", box], check=True)
         subprocess.run(["rm", "-rf", box], check=True)
 
 
+def _user() -> int:
+    """Who this thread's programs are, where the caller is root.
+
+    The kernel counts processes by user: as one and the same, a neighbour's fork bomb would take
+    away another program's room to fork.
+    """
+    return _USERS[threading.get_native_id() % len(_USERS)]
+
+
 def _within(box: str, program: Program, limits: Limits, walls: Walls) -> Verdict:
     namespaces = walls == "namespaces"
     order = Order(
         steps=commands.steps(program, box, limits), files=commands.files(program),
-        visible=commands.visible(), box=box, user=_NOBODY, namespaces=namespaces,
+        visible=commands.visible(), box=box, user=_user(), namespaces=namespaces,
         memory=limits.memory, processes=limits.processes, folder=4 * limits.size,
     )  # fmt: skip
     report, stderr, overflow = _run(order, limits.output)
