@@ -62,7 +62,7 @@ class Step:
             self.plan = replace(self.plan, rank=base.layout.rank * ones)
         self.work = list(
             passes(config, self.store, owned, self.plan, self.plan.lanes[0],
-                   self.trainer.budget, KEY)
+                   self.trainer.bank.slots, self.trainer.budget, KEY)
         )  # fmt: skip
         self.who = {slot: at for shift, _ in self.work for slot, at in shift.enter}
         for slot in self.who:

@@ -104,6 +104,9 @@ class Train(Section):
     recompute: Recompute = Field(
         "never", description="activations in the backward; auto: where memory asks for it"
     )
+    memory: float = Field(
+        0.0, ge=0, description="GiB of a device that a run may take; 0: what is free"
+    )
     graphs: Literal["auto", "never"] = Field(
         "never", description="auto: CUDA graphs for small bases; not run on a GPU yet"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim import domains, peft_io, rehearsal, seeds, strategies, weights
+from fedsim import domains, peft_io, pretrained, rehearsal, seeds, strategies, weights
 from fedsim.accountant import Ledger
 from fedsim.channel import Wire
 from fedsim.config import Config
@@ -16,16 +16,22 @@ from fedsim.core import AdapterLayout, Population, Strategy, pick_device
 from fedsim.data import sources, tokens, training
 from fedsim.display import over_budget
 from fedsim.linears import linears, target_linears
-from fedsim.memory import activation_bytes, recomputes
+from fedsim.memory import (
+    GIB,
+    RUNTIME,
+    Activations,
+    Limits,
+    activations,
+    free_bytes,
+    least,
+    limits,
+    slot_bytes,
+)
 from fedsim.model import check_config
 from fedsim.packing import filled, pack, passes
-from fedsim.plan import pass_budget, plan_round, step_examples
-from fedsim.pretrained import compute_dtype
+from fedsim.plan import plan_round, step_examples
 from fedsim.quantised import bytes_each, holds
 from fedsim.record import MIB, Meter, traffic, transfer_mib
-
-# fp32 row, gradient and two moments; and up to four finished rows a slot that wait their turn.
-_BYTES_PER_SLOT_NUMBER = 32
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,62 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that a process takes when a pass of a round is at its peak.
+
+    Attributes:
+        free: of the device, before anything is loaded.
+        rows: of the longest pass.
+    """
+
+    base: int
+    slot: int
+    kept: Activations
+    limits: Limits
+    rows: int
+    runtime: int
+    free: int
+    least: int
+
+    @property
+    def activations(self) -> int:
+        return self.kept.of(self.rows, recompute=self.limits.recompute)
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.base + self.limits.slots * self.slot + self.activations
+
+    @property
+    def fitting(self) -> int:
+        """Slots beside the base and such a pass."""
+        left = self.free - self.runtime - self.base - self.activations
+        return max(0, left // self.slot)
+
+    @property
+    def fits(self) -> bool:
+        return self.runtime + self.base + self.least <= self.free
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(what, figure), for people."""
+        fits = f"; {self.limits.note}" * bool(self.limits.note)
+        fits = fits if self.fits else "; not even one client fits"
+        yield "memory", f"{self.total / MIB:,.0f} MiB of {self.free / MIB:,.0f}{fits}"
+        yield "  runtime", f"{self.runtime / MIB:,.0f} MiB"
+        yield "  base", f"{self.base / MIB:,.0f} MiB"
+        slots, each = self.limits.slots, self.slot / MIB
+        yield (
+            "  slots",
+            f"{slots * each:,.0f} MiB: {slots} of {each:,.1f}; {self.fitting:,} would fit",
+        )
+        how = "recomputed" if self.limits.recompute else "kept"
+        heap = self.rows * self.kept.heap
+        figure = f"{(self.activations - heap) / MIB:,.0f} MiB of {self.rows:,} tokens, {how}"
+        yield "  activations", figure
+        if heap:
+            yield "  heap", f"about {heap / MIB:,.0f} MiB lost between blocks"
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Figures of a run before it runs."""
 
@@ -48,11 +110,8 @@ class Estimate:
     wire: Wire
     joins: bool  # clients also receive what joins the base
     mib: float  # sent in the whole run, both directions
-    budget: int  # packed tokens of one pass
     work: Work | None  # None where the data or the tokenizer are not here
-    state_mib: float  # base and slots
-    activation_mib: float  # of the longest pass
-    recompute: bool
+    memory: Memory
     epsilon: float | None  # of the whole run, where the privacy and the data that it hangs on are
 
     @property
@@ -95,7 +154,8 @@ class Estimate:
         yield "optimiser steps", f"{about}{c.server.rounds * c.per_round * train.steps:,}"
         chunks = f" in chunks of {train.chunk_tokens}, products of {train.tile} rows"
         yield "mode", train.mode + (chunks if train.mode == "strict" else "")
-        yield "passes", f"at most {self.budget:,} tokens of {train.slots} clients"
+        m = self.memory
+        yield "passes", f"at most {m.limits.budget:,} tokens of {m.limits.slots} clients"
         if self.work is not None:
             w = self.work
             yield "tokens trained", f"{w.tokens:,}"
@@ -105,44 +165,43 @@ class Estimate:
             )
         else:
             yield "tokens trained", "unknown: the data or the tokenizer are not here"
-        yield "memory", f"{self.state_mib:,.0f} MiB for base and slots"
-        how = "recomputed" if self.recompute else "kept"
-        yield "", f"{self.activation_mib:,.0f} MiB for activations of the longest pass, {how}"
+        yield from m.lines()
 
 
 def estimate(config: Config) -> Estimate:
     """Count a run's cost from the model's configuration and, where they are here, its data."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
     found = weights.find(config.model.name, config.model.revision)
     hf = AutoConfig.from_pretrained(found.path)
     check_config(hf, config.data.max_length)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
+    model = pretrained.outline(found)
     targets = config.adapter.targets or peft_io.default_targets(hf.model_type)
     shapes = {n: (m.in_features, m.out_features)
               for n, m in target_linears(model, targets).items()}  # fmt: skip
     layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)
     data = _data(config, found)
     device = pick_device(config.run.device)
-    dtype, budget = compute_dtype(config, device), pass_budget(config, device)
-    work = _work(config, data.store, data.population, budget) if data else None
+    dtype = pretrained.compute_dtype(config, device)
     numbers = sum(p.numel() for p in model.parameters())
     base = numbers * dtype.itemsize
     if holds(numbers, config, dtype, device):
         few = sum(m.weight.numel() for m in linears(model).values())
         base += int(few * (bytes_each(config) - dtype.itemsize))
-    slots = min(config.train.slots, config.most_clients)
-    recompute = recomputes(config, hf, device, dtype)
-    rows = work.longest if work else budget
-    each = _BYTES_PER_SLOT_NUMBER + 4 * config.privacy.of_examples  # sums of clipped gradients
+    kept = activations(model, targets, config, device, dtype)
+    slot, runtime = slot_bytes(config, layout.size), RUNTIME[device.type]
+    free = int(config.train.memory * GIB) or free_bytes(device)
+    at = limits(config, kept, slot, free - runtime - base, device)
+    work = _work(config, data.store, data.population, at) if data else None
+    memory = Memory(
+        base, slot, kept, at, work.longest if work else at.budget, runtime,
+        free, least(config, kept, slot),
+    )  # fmt: skip
     return Estimate(
         config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),
-        budget, work, (base + slots * layout.size * each) / MIB,
-        activation_bytes(hf, rows, dtype.itemsize, recompute=recompute) / MIB, recompute,
-        _epsilon(config, data.population if data else None),
+        work, memory, _epsilon(config, data.population if data else None),
     )  # fmt: skip
 
 
@@ -188,7 +247,7 @@ def _data(config: Config, found: weights.Weights) -> training.Training | None:
 
 
 def _work(
-    config: Config, store: tokens.TokenStore, population: Population, budget: int
+    config: Config, store: tokens.TokenStore, population: Population, at: Limits
 ) -> Work:  # fmt: skip
     """Exactly the tokens that the run will train, and exactly the first round's passes."""
     key, lengths = seeds.run_key(config.run.seed), store.lengths
@@ -203,11 +262,11 @@ def _work(
     plan = plan_round(config, population, 1, key)
     meter, longest = Meter(), 0
     for lane in plan.lanes:
-        for _, parts in passes(config, store, population, plan, lane, budget, key):
+        for _, parts in passes(config, store, population, plan, lane, at.slots, at.budget, key):
             if not (parts := filled(parts)):
                 continue
             batch = pack(store, parts, config.train.rows_per_product)
-            meter.count(rows=batch.rows, budget=budget)
+            meter.count(rows=batch.rows, budget=at.budget)
             longest = max(longest, len(batch))
     assert meter.utilisation is not None
     return Work(total, meter.passes, meter.utilisation, longest)

@@ -1,44 +1,181 @@
-"""What the activations of a pass take, and whether they are worth keeping."""
+"""What a process of a run takes at its peak, and the slots and passes that fit."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from fedsim import rehearsal, strategies
 from fedsim.config import Config
+from fedsim.linears import target_linears
 from fedsim.plan import pass_budget
 
+GIB = 1 << 30
+# Python and libraries, without and with a GPU's context; the second is not measured.
+RUNTIME = {"cpu": 560 << 20, "cuda": 1 << 30}
+_USED = 0.9  # of what is free: predictions are right to a tenth
+# Activations of so many layers glibc's heap keeps in holes between blocks in use: 0 to 7 were
+# measured, with dropout, whose blocks have more sizes, 18 and 19. Blocks that go back to the system
+# at once leave none, and a pass takes a fifth longer.
+_HOLES, _HOLES_OF_DROPOUT = 4, 18
+_AFTER_ATTENTION = ("o_proj", "dense")  # read what attention keeps in any case
+_Word = TypeVar("_Word")
 
-def activation_bytes(hf: Any, rows: int, itemsize: int, *, recompute: bool = False) -> int:
+
+@dataclass(frozen=True)
+class Activations:
     """Bytes that a pass keeps from its forward for its backward.
 
-    Per row and layer, with d hidden, q = heads x head_dim, k = key heads x head_dim, f
-    intermediate features (performance.md 3.5, with q apart from d):
-
-        2 d  the inputs of both norms       2 d  their outputs, which the linears read
-        2 q + 2 k  queries, keys, values and the attention's output
-        q + 2 k  the product that these were cut from, before rotation
-        3 f  gate, up and their product
-
-    Recomputed, one layer has all of these, and every layer its input (d). Low-rank products
-    (rank numbers a module) and the logits of 256 rows at once are left out: SmolLM2 in fp32 with
-    rank 16 on all linears kept 2,149 MiB of 2,036 rows, where this says 2,192; with adapters on
-    q_proj and v_proj alone 1,902, for linears without adapters keep no input.
+    Attributes:
+        kept, recomputed: for each packed row, without and with recomputation.
+        once: logits of 256 rows.
+        heap: for each row, what a CPU's heap keeps besides.
     """
-    text = hf.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * width
-    d, layers = text.hidden_size, text.num_hidden_layers
-    layer = 4 * d + 3 * heads * width + 4 * keys + 3 * text.intermediate_size
-    numbers = layer + layers * d if recompute else layers * layer
-    return int(rows * numbers * itemsize)
+
+    kept: int
+    recomputed: int
+    once: int
+    heap: int = 0
+
+    def of(self, rows: int, *, recompute: bool) -> int:
+        return rows * self._each(recompute) + self.once
+
+    def rows(self, size: int, *, recompute: bool) -> int:
+        """Most rows that so many bytes hold; at least 0."""
+        return max(0, size - self.once) // self._each(recompute)
+
+    def _each(self, recompute: bool) -> int:
+        return (self.recomputed if recompute else self.kept) + self.heap
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device trains at once.
+
+    Attributes:
+        budget: most packed rows of a pass.
+        recompute: the backward computes activations anew.
+        note: says, where the memory is too small for what was asked for, what it has room for.
+    """
+
+    slots: int
+    budget: int
+    recompute: bool
+    note: str = ""
+
+
+def activations(
+    model: Any, targets: tuple[str, ...], config: Config, device: torch.device, dtype: torch.dtype,
+) -> Activations:  # fmt: skip
+    """Count what the layers keep; the model may be on the meta device.
+
+    Per row and layer, with d hidden, q = heads x head_dim, k = key heads x head_dim, f
+    intermediate features, r the rank (performance.md 3.5, with q apart from d):
+
+        d each  the inputs of its norms; of norms of queries and keys q and k
+        2 q + 2 k  queries, keys, values and the attention's output
+        2 f  gate and up; with another gate than SiLU f more
+        d, f  what a site with adapters reads, once a site; with dropout once an adapter
+        r  an adapter's low-rank product, fp32;  under DoRA also its linear's output
+
+    Recomputed, one layer has all of these, and the gradients of gate and up, and every layer its
+    input (d). The last layer, of which fewer
+    rows reach the MLP, counts as the others do.
+    """
+    text = model.config.get_text_config()
+    heads, d, f = text.num_attention_heads, text.hidden_size, text.intermediate_size
+    width = getattr(text, "head_dim", None) or d // heads
+    q, k = heads * width, (getattr(text, "num_key_value_heads", None) or heads) * width
+    gate = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", "")
+    every = text.num_hidden_layers
+    plain = 2 * q + 2 * k + (2 if gate == "silu" else 3) * f
+    norms = sum(
+        {"q_norm": q, "k_norm": k}.get(name.rpartition(".")[2], d)
+        for name, module in model.named_modules()
+        if ".layers." in name and type(module).__name__.endswith("Norm")
+    )
+    sites: dict[tuple[str, int], int] = {}
+    each = low = 0
+    for name, module in target_linears(model, targets).items():
+        parent, _, leaf = name.rpartition(".")
+        low += config.adapter.rank
+        if config.adapter.dropout:
+            each += module.in_features
+        elif leaf not in _AFTER_ATTENTION:
+            sites[parent, module.in_features] = module.in_features
+        if config.adapter.dora:
+            each += module.out_features
+    size = dtype.itemsize
+    whole = (every * plain + norms + sum(sites.values()) + each) * size + 4 * low
+    layer = whole // every
+    again = every * d * size + layer + 2 * f * size
+    heap = 0
+    if device.type == "cpu":
+        heap = layer * (_HOLES_OF_DROPOUT if config.adapter.dropout else _HOLES)
+    return Activations(whole, again, 256 * 4 * text.vocab_size, heap)
+
+
+def slot_bytes(config: Config, size: int) -> int:
+    """Of one client in training: fp32 row (P,), gradient, two moments, under privacy of examples a
+    sum of clipped gradients, what the rule's terms keep, and a finished row that waits its turn."""
+    rule = strategies.load(config.server.strategy, config.server.options)
+    return 4 * size * (5 + config.privacy.of_examples + rehearsal.rows_kept(rule))
+
+
+def least(config: Config, kept: Activations, slot: int) -> int:
+    """Bytes beside the base without which nothing trains: one client and the shortest pass."""
+    return slot + kept.of(config.largest_chunk, recompute=config.train.recompute != "never")
+
+
+def limits(
+    config: Config, kept: Activations, slot: int, room: int, device: torch.device,
+    recompute: bool | None = None,
+) -> Limits:  # fmt: skip
+    """What was asked for, or what fits: slots take half of the room at most, then with `auto`
+    activations are computed anew, then passes get shorter, down to what cannot be split.
+
+    Args:
+        slot: bytes of one. room: bytes for slots and passes. recompute: where it is decided.
+    """
+    asked = min(config.train.slots, config.most_clients), pass_budget(config, device)
+    slots, budget = asked
+    room = int(room * _USED)
+    slots = max(1, min(slots, room // 2 // slot))
+    left = room - slots * slot
+    if recompute is None:
+        short = kept.rows(left, recompute=False) < budget
+        recompute = {"always": True, "never": False, "auto": short}[config.train.recompute]
+    if (rows := kept.rows(left, recompute=recompute)) < budget:
+        budget = max(config.largest_chunk, rows // 256 * 256)
+    if (slots, budget) == asked:
+        return Limits(slots, budget, recompute)
+    note = f"memory has room for {slots} of {asked[0]} slots and passes of {budget:,} tokens"
+    return Limits(slots, budget, recompute, note)
+
+
+def room(config: Config, device: torch.device) -> int:
+    """Bytes that slots and passes may take, now that the base is loaded."""
+    if not config.train.memory:
+        return free_bytes(device)
+    return int(config.train.memory * GIB) - taken_bytes(device)
+
+
+def taken_bytes(device: torch.device) -> int:
+    """Of a GPU by anybody; of the CPU's memory by this process."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return whole - free
+    pages = Path("/proc/self/statm")
+    if not pages.is_file():
+        return RUNTIME["cpu"]
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -67,16 +204,7 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def recomputes(config: Config, hf: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the backward computes activations anew: as configured, or, with `auto`, when those
-    of a full pass would take more than half of the memory that is free."""
-    if config.train.recompute != "auto":
-        return config.train.recompute == "always"
-    kept = activation_bytes(hf, pass_budget(config, device), dtype.itemsize)
-    return kept > free_bytes(device) // 2
-
-
-def agreed(word: bool) -> bool:
+def agreed(word: _Word) -> _Word:
     """The leader's word, where all processes must make the same passes."""
     words = [word]
     dist.broadcast_object_list(words, src=0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fedsim import memory
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
@@ -25,7 +26,6 @@ from fedsim.fused import (
 )
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
-from fedsim.memory import agreed, give_back, recomputes
 from fedsim.pretrained import compute_dtype, stock
 from fedsim.quantised import holds
 from fedsim.weights import Weights
@@ -91,6 +91,8 @@ class Base:
         probe = torch.arange(8, device=self.device) * 7 % self.head.shape[0]
         with torch.no_grad(), inputs_of(linears(model)) as seen:
             stock = model(probe[None], use_cache=False).logits[0].float()
+        self.recomputes: bool | None = None
+        self._kept = memory.activations(model, targets, config, self.device, self.dtype)
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
         self.errors: dict[str, float] = getattr(model, "quantisation_errors", {})
@@ -99,12 +101,12 @@ class Base:
         with torch.no_grad():
             self._check(probe, stock)
             self._check_last_layer(probe)
-        again = recomputes(config, model.config, self.device, self.dtype)
+        self.recomputes = self.limits(config).recompute
         if self.shards:  # all make the same passes
-            again = agreed(again)
+            self.recomputes = memory.agreed(self.recomputes)
             if config.adapter.dora:  # norms of the weights are gathered here, by all
                 self.magnitudes(torch.zeros(self.layout.size, device=self.device))
-        if again:
+        if self.recomputes:
             model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
@@ -145,6 +147,14 @@ class Base:
             "norms": fuse_norms(self.model), "mlps": fuse_mlps(self.model, owner),
             "rotary": fuse_rotary(self.model), "last_layer": int(self._lengthen is not None),
         }  # fmt: skip
+
+    def limits(self, config: Config) -> memory.Limits:
+        """What trains at once, in the memory that is free now."""
+        slot = memory.slot_bytes(config, self.layout.size)
+        return memory.limits(
+            config, self._kept, slot, memory.room(config, self.device), self.device,
+            self.recomputes,
+        )  # fmt: skip
 
     @property
     def precision(self) -> str:
@@ -277,5 +287,5 @@ def load(
         pack = weights.values is None and holds(weights.numbers, config, dtype, device)
         found = stock(weights, config, device, "eager", pack=pack)
     base = Base(found, config, targets)
-    give_back()
+    memory.give_back()
     return base

@@ -97,12 +97,12 @@ Parts = Sequence[tuple[Part, Step]]
 
 def passes(
     config: Config, store: TokenStore, population: Population, plan: RoundPlan, lane: np.ndarray,
-    budget: int, key: int,
+    slots: int, budget: int, key: int,
 ) -> Iterator[tuple[Shift, Parts]]:  # fmt: skip
     """The passes of a lane, each with the steps that its parts belong to."""
     train = config.train
     if config.privacy.of_examples:
-        yield from singly(config, store, population, plan, lane, budget, key)
+        yield from singly(config, store, population, plan, lane, slots, budget, key)
         return
     share = train.shared_prefix and not config.adapter.dropout
     steps: dict[tuple[int, int], Step] = {}
@@ -114,7 +114,6 @@ def passes(
         steps[at, step] = cut(store, examples, train, share=share)
         return steps[at, step].load
 
-    slots = min(train.slots, config.most_clients)
     for shift in schedule(plan.steps[lane].tolist(), load, slots, budget):
         yield shift, [(part, steps[part.client, part.step]) for part in shift.parts]
         for part in shift.parts:
@@ -124,7 +123,7 @@ def passes(
 
 def singly(
     config: Config, store: TokenStore, population: Population, plan: RoundPlan, lane: np.ndarray,
-    budget: int, key: int,
+    slots: int, budget: int, key: int,
 ) -> Iterator[tuple[Shift, Parts]]:  # fmt: skip
     """The same where a pass may hold one example of a client: to the schedule each is a step by
     itself, and a step that drew none is one part of no units."""
@@ -145,7 +144,6 @@ def singly(
         step, unit = order[at][number]
         return Load(steps[at][step].load.units[unit : unit + 1])
 
-    slots = min(config.train.slots, config.most_clients)
     for shift in schedule([len(o) for o in order], load, slots, budget):
         found = []
         for part in shift.parts:

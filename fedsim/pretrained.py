@@ -26,6 +26,14 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def outline(weights: Weights) -> Any:
+    """The model without its weights, on torch's meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.path))
+
+
 def stock(
     weights: Weights, config: Config, device: torch.device, attention: str | None = None,
     *, pack: bool = False,

@@ -90,6 +90,25 @@ def fit(config: Config, strategy: Strategy) -> None:
         )  # fmt: skip
 
 
+def rows_kept(strategy: Strategy) -> int:
+    """How many rows the rule's terms keep of each client in training."""
+    local = strategy.rule(strategy.start(_row(), LAYOUT), _plan(1.0))
+    return bool(local.prox_mu) + bool(local.control)
+
+
+def _plan(scale: float) -> RoundPlan:
+    m = 2  # steps and losses that are not 1: weights by them show
+    return RoundPlan(
+        1, np.arange(m), np.ones(m), np.full(m, LAYOUT.rank), np.full(m, scale), np.full(m, 2),
+        np.ones(m), np.zeros(m, dtype=np.int64), (np.arange(m),), m,
+    )  # fmt: skip
+
+
+def _row() -> Tensor:
+    """With A, B or weights of 0 rules may divide by 0."""
+    return torch.where(LAYOUT.mask(KINDS), 0.5, 0.0)
+
+
 def rehearse(
     strategy: Strategy, reduce: Reduce, see: Callable[[ClientUpdates], ClientUpdates] | None = None
 ) -> LocalRule:
@@ -101,13 +120,7 @@ def rehearse(
     Raises:
         ConfigError: the rule asks for what the reduce does not give, or for losses it cannot see.
     """
-    m = 2  # steps and losses that are not 1: weights by them show
-    plan = RoundPlan(
-        1, np.arange(m), np.ones(m), np.full(m, LAYOUT.rank), np.full(m, reduce.scale),
-        np.full(m, 2), np.ones(m), np.zeros(m, dtype=np.int64), (np.arange(m),), m,
-    )  # fmt: skip
-    # With A, B or weights of 0 rules may divide by 0.
-    row = torch.where(LAYOUT.mask(KINDS), 0.5, 0.0)
+    plan, row, m = _plan(reduce.scale), _row(), 2
     updates = ClientUpdates(
         np.arange(m), row.expand(m, -1), row, np.ones(m, dtype=np.int64), np.full(m, 2.0),
         np.ones(m), np.ones(m, dtype=bool), 0.0,

@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fedsim import launch, strategies
+from fedsim import launch, memory, strategies
 from fedsim.config import Config
 from fedsim.errors import ConfigError, ModelError, RunError
-from fedsim.linears import linears
+from fedsim.linears import linears, target_linears
 from fedsim.mapped import own_generation
-from fedsim.memory import free_bytes, out_of_memory
+from fedsim.memory import out_of_memory
+from fedsim.pretrained import outline
 from fedsim.room import Room, replace
 from fedsim.weights import Weights
 
@@ -113,12 +114,12 @@ class Shard:
             ) from failure
 
 
-def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the base is sharded: as configured, or, with `auto`, where a GPU could not hold it.
-    On one CPU the processes share a whole one in any case.
-
-    Args:
-        numbers: weights of the base.
+def wanted(
+    config: Config, found: Weights, targets: tuple[str, ...], dtype: torch.dtype,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    """Whether the base is sharded: as configured, or, with `auto`, where a GPU could not train one
+    client beside a whole one. On one CPU the processes share a whole one in any case.
 
     Raises:
         ConfigError: there is one process only, or the rule or PiSSA changes the base.
@@ -126,7 +127,7 @@ def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.devic
     how = config.model.sharding
     if how == "auto":
         can = device.type == "cuda" and launch.size() > 1 and config.model.quantisation == "none"
-        how = "zero3" if can and numbers * dtype.itemsize > free_bytes(device) else "none"
+        how = "zero3" if can and not _fits(config, found, targets, dtype, device) else "none"
     if how == "none":
         return False
     if launch.size() == 1:
@@ -142,6 +143,18 @@ def wanted(config: Config, numbers: int, dtype: torch.dtype, device: torch.devic
             remedy='Change them, or set model.sharding = "none" where the base fits a device.',
         )  # fmt: skip
     return True
+
+
+def _fits(
+    config: Config, found: Weights, targets: tuple[str, ...], dtype: torch.dtype,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    model = outline(found)
+    kept = memory.activations(model, targets, config, device, dtype)
+    shapes = [(m.in_features, m.out_features) for m in target_linears(model, targets).values()]
+    numbers = sum(config.adapter.rank * (i + o) + config.adapter.dora * o for i, o in shapes)
+    beside = memory.least(config, kept, memory.slot_bytes(config, numbers))
+    return found.numbers * dtype.itemsize + beside <= memory.room(config, device)
 
 
 def _group(device: torch.device) -> Any:

@@ -28,7 +28,7 @@ from fedsim.lora import Dropout, Pass
 from fedsim.memory import out_of_memory
 from fedsim.model import Base
 from fedsim.packing import Parts, filled, pack, passes
-from fedsim.plan import Shift, pass_budget
+from fedsim.plan import Shift
 from fedsim.visits import Finished, State, Visit
 
 if TYPE_CHECKING:
@@ -48,9 +48,11 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.base, self.store, self.population = base, store, population
         self.config, self.key, self._host = config, key, host
-        self.budget = pass_budget(config, base.device)
-        slots = min(config.train.slots, config.most_clients)
-        self.bank = AdapterBank(base.layout, slots, base.device, lora_plus=config.adapter.lora_plus)
+        self.limits = base.limits(config)
+        self.budget = self.limits.budget
+        self.bank = AdapterBank(
+            base.layout, self.limits.slots, base.device, lora_plus=config.adapter.lora_plus
+        )
         self.halved = False
         self._left = 0  # passes, empty ones included, that this process owes the others
         self.run = runner(self.backward, self.bank.grads, config, base)
@@ -66,6 +68,8 @@ class Trainer:
             least: passes to make.
         """
         self._left = least
+        if self.limits.note and self.limits.note not in meter.notes:
+            meter.notes.append(self.limits.note)
         starts = Starts(rule, plan, self.bank, self.config, memory)
         terms = LocalTerms(rule, self.bank)
         self._private = DPSGD.of(self.config, plan, rule, self.bank, self.population, self.key)
@@ -117,7 +121,10 @@ class Trainer:
         return sum(1 for lane in plan.lanes for _ in self._passes(plan, lane))
 
     def _passes(self, plan: RoundPlan, lane: np.ndarray) -> Iterator[tuple[Shift, Parts]]:
-        return passes(self.config, self.store, self.population, plan, lane, self.budget, self.key)
+        return passes(
+            self.config, self.store, self.population, plan, lane, self.bank.slots, self.budget,
+            self.key,
+        )  # fmt: skip
 
     def _lane(
         self, plan: RoundPlan, lane: np.ndarray, starts: Starts, terms: LocalTerms, meter: Meter

@@ -126,7 +126,7 @@ def load_world(config: Config, key: int, shard: bool | None = None) -> World:
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
     dtype, leads = pretrained.compute_dtype(config, device), shard is None
     if shard is None:
-        shard = sharded.wanted(config, found.numbers, dtype, device)
+        shard = sharded.wanted(config, found, targets, dtype, device)
     if launch.size() > 1 and device.type == "cpu" and not shard:
         whole = partial(pretrained.stock, found, config, device, "eager")
         found = mapped(found, config, dtype, whole)

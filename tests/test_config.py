@@ -41,7 +41,7 @@ privacy.level privacy.noise privacy.clip privacy.adaptive privacy.quantile priva
 privacy.delta
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
-train.shared_prefix train.recompute train.graphs
+train.shared_prefix train.recompute train.memory train.graphs
 evaluate.every evaluate.first evaluate.tasks evaluate.limit evaluate.clients
 """
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsim import simulate
+from fedsim import cost, memory, simulate, weights
 from fedsim.batch import PackedBatch
-from fedsim.config import Config
+from fedsim.config import Config, build
 from fedsim.errors import RunError
 from fedsim.lora import Pass
-from fedsim.memory import out_of_memory
+from fedsim.memory import Activations, Limits, activations, limits, out_of_memory, slot_bytes
+from fedsim.pretrained import outline
 from fedsim.record import Meter
 from fedsim.train import Trainer
 
@@ -111,3 +118,135 @@ def test_an_allocation_that_fails_is_known() -> None:
         torch.empty(1 << 60)
     assert out_of_memory(caught.value)
     assert not out_of_memory(RuntimeError("shapes do not match"))
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def counted(config: Config, *targets: str) -> Activations:
+    model = outline(weights.find(config.model.name))
+    return activations(model, targets, config, CUDA, torch.float32)
+
+
+def test_activations_by_hand(settings: Callable[..., Config]) -> None:
+    """Llama: 2 layers, d 32, q 32, k 16, f 48, so 96 + 96 and 64 of norms, 256 a row and layer;
+    all sites read d, d and f more, rank 4 of seven modules is 28."""
+    config = settings()
+    plain, all_linear = 256, 256 + 32 + 32 + 48 + 7 * 4
+    for targets, numbers in (
+        (("all-linear",), all_linear), (("q_proj", "v_proj"), plain + 32 + 8),
+        (("o_proj",), plain + 4), (("up_proj", "down_proj"), plain + 32 + 48 + 8),
+    ):  # fmt: skip
+        got = counted(config, *targets)
+        assert got.kept == 2 * 4 * numbers
+        assert got.recomputed == 4 * (numbers + 2 * 32 + 2 * 48)
+        assert got.once == 256 * 4 * 384
+    each = 6 * 32 + 48  # what every module reads
+    out = 32 + 16 + 16 + 32 + 48 + 48 + 32
+    assert counted(settings(adapter__dropout=0.1), "all-linear").kept == 8 * (plain + each + 28)
+    assert counted(settings(adapter__dora=True), "all-linear").kept == 8 * (all_linear + out)
+    assert counted(settings("gemma2"), "o_proj").kept == 8 * (4 * 32 + 2 * 64 + 2 * 32 + 3 * 48 + 4)
+    assert Activations(10, 4, 7).of(3, recompute=False) == 37
+    assert Activations(10, 4, 7).rows(37, recompute=False) == 3
+    assert Activations(10, 4, 7).rows(6, recompute=True) == 0
+
+
+def test_a_slot_by_hand(settings: Callable[..., Config]) -> None:
+    """Row, gradient, two moments and a finished row; what rules keep of each client besides."""
+    for rule, rows in (("fedavg", 5), ("fedprox", 6), ("scaffold", 6), ("feddyn", 7)):
+        assert slot_bytes(settings(server__strategy=rule), 10) == 4 * 10 * rows
+    private = {"level": "example", "noise": 1.0, "clip": 1.0, "delta": 1e-3}
+    config = settings(**{f"privacy__{k}": v for k, v in private.items()})
+    assert slot_bytes(config, 10) == 4 * 10 * 6
+
+
+def test_what_does_not_fit_is_lowered(settings: Callable[..., Config]) -> None:
+    """Slots of 100 bytes, rows of 10 or 2; nine tenths of the room are used."""
+    kept = Activations(10, 2, 0)
+
+    def at(room: float, recompute: str = "auto", slots: int = 4, budget: int = 1024) -> Limits:
+        config = settings(train__recompute=recompute, train__slots=slots,
+                          train__budget_tokens=budget)  # fmt: skip
+        return limits(config, kept, 100, math.ceil(room / 0.9), CPU)
+
+    assert at(10240 + 400) == Limits(4, 1024, recompute=False)
+    assert at(10240 + 399) == Limits(4, 1024, recompute=True)
+    assert at(10240, "never") == Limits(
+        4, 768, False, "memory has room for 4 of 4 slots and passes of 768 tokens"
+    )
+    assert at(700).slots == 3 and at(700).budget == 256 and at(0).slots == 1
+    assert at(0).budget == 256, "a sequence is not cut"
+    assert at(0, "never").note == "memory has room for 1 of 4 slots and passes of 256 tokens"
+    given = limits(settings(train__recompute="auto"), kept, 100, 0, CPU, recompute=False)
+    assert not given.recompute, "what is decided stays"
+
+
+def test_a_run_takes_what_it_was_given(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two clients and the shortest pass: said once, the same bits in strict mode, and
+    `fedsim plan` knows of it."""
+    config = settings(**STRICT)
+    want, wide = outcome(simulate.run(config, fresh=True)), cost.estimate(config).memory
+    assert wide.limits == Limits(3, 1024, recompute=False) and wide.fits
+    bytes_left = math.ceil(4 * wide.slot / 0.9)
+    short = (wide.runtime + wide.base + bytes_left) / memory.GIB
+    planned = cost.estimate(settings(**STRICT, train__memory=short)).memory
+    assert planned.limits == Limits(
+        2, 256, False, "memory has room for 2 of 3 slots and passes of 256 tokens"
+    )
+    monkeypatch.setattr(memory, "room", lambda config, device: bytes_left)
+    sizes, meter = failing(monkeypatch, set()), Meter()
+    assert outcome(simulate.run(config, fresh=True, meter=meter)) == want
+    assert max(sizes) == 256 and meter.notes == [planned.limits.note]
+
+
+def test_what_a_device_has(settings: Callable[..., Config]) -> None:
+    """The configured size, less what is taken; else what is free."""
+    assert 1 << 20 < memory.free_bytes(CPU) < 1 << 50
+    assert 1 << 26 < memory.taken_bytes(CPU) < 1 << 40
+    rest = memory.room(settings(train__memory=100.0), CPU) + memory.taken_bytes(CPU)
+    assert abs(rest - 100 * memory.GIB) < 1 << 24
+    assert abs(memory.room(settings(), CPU) - memory.free_bytes(CPU)) < 1 << 30
+
+
+PEAK = """
+import sys
+from fedsim.cli import app
+app(sys.argv[1:], standalone_mode=False)
+lines = open("/proc/self/status").read().splitlines()
+print("peak", next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells a process's peak")
+@pytest.mark.parametrize(
+    ("adapter", "slots", "recompute"),
+    [
+        ({"rank": 16, "targets": ["all-linear"]}, 6, "never"),
+        ({"rank": 32, "targets": ["q_proj", "v_proj"]}, 6, "never"),
+        ({"rank": 8, "targets": ["all-linear"]}, 3, "always"),
+    ],
+)
+def test_the_plan_says_the_peak(
+    tmp_path: Path, adapter: dict[str, Any], slots: int, recompute: str
+) -> None:
+    """A whole run of SmolLM2 in fp32 from its first import on, within a tenth. Large blocks go
+    back to the system at once here: what the heap loses differs by as much from run to run."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "out": str(tmp_path)}, "model": {"dtype": "float32"},
+        "adapter": adapter, "data": {"source": "embedded"}, "clients": {"number": slots},
+        "server": {"rounds": 1, "fraction": 1.0}, "evaluate": {"limit": 0},
+        "train": {"steps": 1, "batch": 12, "slots": slots, "recompute": recompute},
+    }  # fmt: skip
+    planned = cost.estimate(build(values, "test")).memory
+    sets = [f"{s}.{k}={json.dumps(v)}" for s, leaves in values.items() for k, v in leaves.items()]
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, "run", *chain(*(("--set", each) for each in sets))],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    peak = int(ran.stdout.rpartition("peak ")[2]) << 10
+    want = planned.total - planned.rows * planned.kept.heap
+    assert planned.rows > 1024 and abs(want / peak - 1) < 0.1, (planned, peak >> 20)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim import memory, weights
 from fedsim.config import Config, build
 from fedsim.errors import ConfigError
 from fedsim.sharded import wanted
@@ -93,21 +94,29 @@ def test_what_cannot_be_shared_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2" if changes else "1")
     config = settings(model__sharding="zero3", **changes)
     with pytest.raises(ConfigError, match=said):
-        wanted(config, 1 << 40, torch.float32, torch.device("cpu"))
+        wanted(config, None, (), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_a_cpu_shares_a_whole_base(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` looks at GPUs only, whatever the size."""
+    """`auto` looks at GPUs only, and whether a client and the shortest pass fit beside the base."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not wanted(settings(), 1 << 50, torch.float32, torch.device("cpu"))
-    monkeypatch.setattr("fedsim.sharded.free_bytes", lambda device: 1000)
     gpu = torch.device("cuda")
-    assert wanted(settings(), 251, torch.float32, gpu)
-    assert not wanted(settings(), 250, torch.float32, gpu)
-    assert not wanted(settings(model__quantisation="nf4"), 251, torch.float32, gpu)
-    assert not wanted(settings(model__sharding="none"), 251, torch.float32, gpu)
+
+    def asks(room: int, device: torch.device = gpu, **model: Any) -> bool:
+        monkeypatch.setattr(memory, "room", lambda config, device: room)
+        config = settings(**{f"model__{key}": value for key, value in model.items()})
+        found = weights.find(config.model.name)
+        return wanted(config, found, ("q_proj",), torch.float32, device)
+
+    found = weights.find(settings().model.name)
+    slot = 4 * 5 * 2 * 4 * (32 + 32)  # of 2 layers, rank 4
+    row = 4 * 2 * (256 + 32 + 4)  # see `memory.activations`
+    need = found.numbers * 4 + slot + 256 * row + 256 * 4 * 384
+    assert asks(need - 1) and not asks(need)
+    assert not asks(0, torch.device("cpu"))
+    assert not asks(0, quantisation="nf4") and not asks(0, sharding="none")
 
 
 @pytest.mark.parametrize(

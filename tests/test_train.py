@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
 
-from fedsim import cost, memory, simulate
+from fedsim import cost, simulate
 from fedsim.adapters import AdapterBank, initial_row
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, LocalRule, Population, RoundPlan
@@ -415,28 +413,3 @@ def test_utilisation_is_real_rows_over_the_budget() -> None:
     meter.begin(2, steps=5)
     assert meter.utilisation is None and (meter.passes, meter.steps, meter.steps_total) == (0, 0, 5)
     assert meter.steps_done == 3 and meter.tokens == 300
-
-
-def test_activations_by_hand(tiny: Callable[[str], Path]) -> None:
-    """Llama: d 32, q 32, k 16, f 48: 128 + 96 + 64 + 144 = 432 numbers a row and layer."""
-    hf = AutoConfig.from_pretrained(tiny("llama"))
-    assert memory.activation_bytes(hf, 10, 4) == 10 * 2 * 432 * 4
-    assert memory.activation_bytes(hf, 10, 4, recompute=True) == 10 * (432 + 2 * 32) * 4
-    assert memory.activation_bytes(AutoConfig.from_pretrained(tiny("gemma2")), 1, 2) == 2 * 2 * (
-        128 + 3 * 64 + 4 * 32 + 144
-    )
-
-
-def test_auto_recomputes_when_memory_is_short(
-    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]
-) -> None:
-    """2,048 rows of fp32 keep 7.08 MB."""
-    hf = AutoConfig.from_pretrained(tiny("llama"))
-    need = memory.activation_bytes(hf, 2048, 4)
-    for free, want in ((2 * need, False), (2 * need - 2, True)):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        asked = {w: settings(train__recompute=w) for w in ("never", "auto", "always")}
-        found = {w: memory.recomputes(c, hf, CPU, torch.float32) for w, c in asked.items()}
-        assert found == {"never": False, "auto": want, "always": True}
-    monkeypatch.undo()
-    assert 1 << 20 < memory.free_bytes(CPU) < 1 << 50
