@@ -78,7 +78,7 @@ REFUSED: dict[str, list[Any]] = {
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
     "train.slots": [0], "train.budget_tokens": [-1], "train.mode": ["exact", 1],
     "train.chunk_tokens": [0, 512.0], "train.tile": [48, 0, "64"], "train.shared_prefix": ["no"],
-    "train.recompute": [1, "sometimes"], "train.graphs": [True, "always"],
+    "train.recompute": [1, "sometimes"], "train.memory": [-1.0, "16"], "train.graphs": [True, "always"],
     "evaluate.every": [-1], "evaluate.first": [0, "no"],
     "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
     "evaluate.clients": [0, 1.0],
