@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from fedsim import cost, memory, simulate, weights
 from fedsim.batch import PackedBatch
 from fedsim.config import Config, build
+from fedsim.core import LocalRule
 from fedsim.errors import RunError
 from fedsim.lora import Pass
 from fedsim.memory import Activations, Limits, activations, limits, out_of_memory, slot_bytes
 from fedsim.pretrained import outline
 from fedsim.record import Meter
 from fedsim.train import Trainer
+from tests.lab import open_lab, plan_of
 
 STRICT: dict[str, Any] = {
     "train__mode": "strict", "train__tile": 16, "train__chunk_tokens": 256,
@@ -71,6 +73,22 @@ def test_half_the_budget_and_the_same_bits(
     assert outcome(simulate.run(config, fresh=True, meter=meter)) == want
     assert max(sizes[:at]) > 512 >= max(sizes[at:])
     assert len(meter.notes) == 1 and "at most 512 tokens" in meter.notes[0]
+
+
+def test_who_has_finished_does_not_train_again(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 2 takes four passes; beside it 3 finishes in the first and 1 in the third, and both
+    wait for it. Memory runs out in the fourth: 6 steps have been made, and 4 of client 2 remain."""
+    one, how = open_lab(settings), {"slots": 2, "budget_tokens": 2048, "mode": "strict"}
+    want, _ = one.train([2, 3, 1], **how)
+    failing(monkeypatch, {4})
+    meter = Meter()
+    meter.begin(1, 7)
+    plan, rule = plan_of([2, 3, 1]), LocalRule(one.start)
+    updates = list(one.trainer(**how).train(plan, rule, meter))
+    assert torch.equal(torch.cat([u.row for u in updates]), want)
+    assert len(meter.notes) == 1 and meter.steps_done == 6 + 4
 
 
 def test_private_examples_begin_again_too(
