@@ -90,7 +90,8 @@ def activations(
     rows reach the MLP, counts as the others do.
     """
     text = model.config.get_text_config()
-    heads, d, f = text.num_attention_heads, text.hidden_size, text.intermediate_size
+    heads, d = text.num_attention_heads, text.hidden_size
+    f = getattr(text, "intermediate_size", None) or 4 * d
     width = getattr(text, "head_dim", None) or d // heads
     q, k = heads * width, (getattr(text, "num_key_value_heads", None) or heads) * width
     gate = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", "")
@@ -164,7 +165,7 @@ def room(config: Config, device: torch.device) -> int:
     """Bytes that slots and passes may take, now that the base is loaded."""
     if not config.train.memory:
         return free_bytes(device)
-    return int(config.train.memory * GIB) - taken_bytes(device)
+    return int(config.train.memory * GIB) // sharing(device) - taken_bytes(device)
 
 
 def taken_bytes(device: torch.device) -> int:
@@ -178,17 +179,21 @@ def taken_bytes(device: torch.device) -> int:
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def sharing(device: torch.device) -> int:
+    """Processes that share the device: on a CPU all of this machine."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that the device can still give to one of the processes that share it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     table = Path("/proc/meminfo")
     if table.is_file():  # Linux; free pages alone would leave out what the page cache gives back
         for line in table.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // sharing
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
+                return int(line.split()[1]) * 1024 // sharing(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing(device)
 
 
 def out_of_memory(failure: BaseException) -> bool:

@@ -219,13 +219,18 @@ def test_a_run_takes_what_it_was_given(
     assert max(sizes) == 256 and meter.notes == [planned.limits.note]
 
 
-def test_what_a_device_has(settings: Callable[..., Config]) -> None:
+def test_what_a_device_has(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The configured size, less what is taken; else what is free."""
     assert 1 << 20 < memory.free_bytes(CPU) < 1 << 50
     assert 1 << 26 < memory.taken_bytes(CPU) < 1 << 40
     rest = memory.room(settings(train__memory=100.0), CPU) + memory.taken_bytes(CPU)
     assert abs(rest - 100 * memory.GIB) < 1 << 24
     assert abs(memory.room(settings(), CPU) - memory.free_bytes(CPU)) < 1 << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    rest = memory.room(settings(train__memory=100.0), CPU) + memory.taken_bytes(CPU)
+    assert abs(rest - 25 * memory.GIB) < 1 << 24
 
 
 PEAK = """
