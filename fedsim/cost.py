@@ -22,9 +22,10 @@ from fedsim.memory import (
     Activations,
     Limits,
     activations,
+    fits,
     free_bytes,
-    least,
     limits,
+    recomputes,
     slot_bytes,
 )
 from fedsim.model import check_config
@@ -60,7 +61,7 @@ class Memory:
     rows: int
     runtime: int
     free: int
-    least: int
+    fits: bool
 
     @property
     def activations(self) -> int:
@@ -76,15 +77,11 @@ class Memory:
         left = self.free - self.runtime - self.base - self.activations
         return max(0, left // self.slot)
 
-    @property
-    def fits(self) -> bool:
-        return self.runtime + self.base + self.least <= self.free
-
     def lines(self) -> Iterator[tuple[str, str]]:
         """(what, figure), for people."""
-        fits = f"; {self.limits.note}" * bool(self.limits.note)
-        fits = fits if self.fits else "; not even one client fits"
-        yield "memory", f"{self.total / MIB:,.0f} MiB of {self.free / MIB:,.0f}{fits}"
+        said = f"; {self.limits.note}" if self.limits.note else ""
+        said = said if self.fits else "; not even one client fits"
+        yield "memory", f"{self.total / MIB:,.0f} MiB of {self.free / MIB:,.0f}{said}"
         yield "  runtime", f"{self.runtime / MIB:,.0f} MiB"
         yield "  base", f"{self.base / MIB:,.0f} MiB"
         slots, each = self.limits.slots, self.slot / MIB
@@ -191,13 +188,16 @@ def estimate(config: Config) -> Estimate:
         few = sum(m.weight.numel() for m in linears(model).values())
         base += int(few * (bytes_each(config) - dtype.itemsize))
     kept = activations(model, targets, config, device, dtype)
-    slot, runtime = slot_bytes(config, layout.size), RUNTIME[device.type]
+    rows = rehearsal.rows_kept(strategy, config.most_clients)
+    slot, runtime = slot_bytes(config, layout.size, rows), RUNTIME[device.type]
     free = int(config.train.memory * GIB) or free_bytes(device)
-    at = limits(config, kept, slot, free - runtime - base, device)
+    room = free - runtime - base
+    again = recomputes(config, kept, room, device)
+    at = limits(config, kept, slot, room, device, recompute=again)
     work = _work(config, data.store, data.population, at) if data else None
     memory = Memory(
         base, slot, kept, at, work.longest if work else at.budget, runtime,
-        free, least(config, kept, slot),
+        free, fits(config, kept, slot, room),
     )  # fmt: skip
     return Estimate(
         config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),

@@ -15,7 +15,9 @@ from fedsim.checkpoint import FILE, write_atomic, write_failed
 from fedsim.config import Config, build, read_toml, resolved
 from fedsim.errors import CheckpointError, ConfigError
 
-_FREE = {"run.out", "run.name", "run.device"}  # may differ between a run and its resumption
+# What may differ between a run and its resumption: the place, and how clients are packed.
+_FREE = {"run.out", "run.name", "run.device", "train.slots", "train.budget_tokens", "train.memory",
+         "train.recompute"}  # fmt: skip
 
 
 class RunFolder:

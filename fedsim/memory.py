@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fedsim import rehearsal, strategies
 from fedsim.config import Config
 from fedsim.linears import target_linears
 from fedsim.plan import pass_budget
@@ -20,7 +19,7 @@ from fedsim.plan import pass_budget
 GIB = 1 << 30
 # Python and libraries, without and with a GPU's context; the second is not measured.
 RUNTIME = {"cpu": 560 << 20, "cuda": 1 << 30}
-_USED = 0.9  # of what is free: predictions are right to a tenth
+USED = 0.9  # of what is free: predictions are right to a tenth
 # Activations of so many layers glibc's heap keeps in holes between blocks in use: 0 to 7 were
 # measured, with dropout, whose blocks have more sizes, 18 and 19. Blocks that go back to the system
 # at once leave none, and a pass takes a fifth longer.
@@ -92,6 +91,7 @@ def activations(
     text = model.config.get_text_config()
     heads, d = text.num_attention_heads, text.hidden_size
     f = getattr(text, "intermediate_size", None) or 4 * d
+    f = f if isinstance(f, int) else max(f)  # Gemma 3n has one for each layer
     width = getattr(text, "head_dim", None) or d // heads
     q, k = heads * width, (getattr(text, "num_key_value_heads", None) or heads) * width
     gate = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", "")
@@ -123,60 +123,73 @@ def activations(
     return Activations(whole, again, 256 * 4 * text.vocab_size, heap)
 
 
-def slot_bytes(config: Config, size: int) -> int:
+def slot_bytes(config: Config, size: int, rows: int) -> int:
     """Of one client in training: fp32 row (P,), gradient, two moments, under privacy of examples a
-    sum of clipped gradients, what the rule's terms keep, and a finished row that waits its turn."""
-    rule = strategies.load(config.server.strategy, config.server.options)
-    return 4 * size * (5 + config.privacy.of_examples + rehearsal.rows_kept(rule))
+    sum of clipped gradients, `rows` of the rule's terms, and a finished one that waits its turn."""
+    return 4 * size * (5 + config.privacy.of_examples + rows)
 
 
-def least(config: Config, kept: Activations, slot: int) -> int:
-    """Bytes beside the base without which nothing trains: one client and the shortest pass."""
-    return slot + kept.of(config.largest_chunk, recompute=config.train.recompute != "never")
+def fits(config: Config, kept: Activations, slot: int, room: int) -> bool:
+    """Whether one client and the shortest pass, of recomputed activations if need be, do."""
+    least = kept.of(config.largest_chunk, recompute=config.train.recompute != "never")
+    return slot + least <= room * USED
+
+
+def recomputes(config: Config, kept: Activations, room: int, device: torch.device) -> bool:
+    """Whether the backward computes activations anew: as configured, or, with `auto`, where those
+    of a full pass would take more than half of the room."""
+    if config.train.recompute != "auto":
+        return config.train.recompute == "always"
+    return kept.of(pass_budget(config, device), recompute=False) > room * USED / 2
 
 
 def limits(
     config: Config, kept: Activations, slot: int, room: int, device: torch.device,
-    recompute: bool | None = None,
+    *, recompute: bool,
 ) -> Limits:  # fmt: skip
-    """What was asked for, or what fits: slots take half of the room at most, then with `auto`
-    activations are computed anew, then passes get shorter, down to what cannot be split.
+    """What was asked for, or what fits: then slots take half of the room at most, and passes get
+    shorter, down to what cannot be split.
 
     Args:
-        slot: bytes of one. room: bytes for slots and passes. recompute: where it is decided.
+        slot: bytes of one. room: bytes for slots and passes.
     """
     asked = min(config.train.slots, config.most_clients), pass_budget(config, device)
     slots, budget = asked
-    room = int(room * _USED)
-    slots = max(1, min(slots, room // 2 // slot))
-    left = room - slots * slot
-    if recompute is None:
-        short = kept.rows(left, recompute=False) < budget
-        recompute = {"always": True, "never": False, "auto": short}[config.train.recompute]
-    if (rows := kept.rows(left, recompute=recompute)) < budget:
-        budget = max(config.largest_chunk, rows // 256 * 256)
-    if (slots, budget) == asked:
+    room = int(room * USED)
+    if slots * slot + kept.of(budget, recompute=recompute) <= room:
         return Limits(slots, budget, recompute)
+    slots = max(1, min(slots, room // 2 // slot))
+    rows = kept.rows(room - slots * slot, recompute=recompute)
+    budget = min(budget, max(config.largest_chunk, rows // 256 * 256))
     note = f"memory has room for {slots} of {asked[0]} slots and passes of {budget:,} tokens"
     return Limits(slots, budget, recompute, note)
 
 
 def room(config: Config, device: torch.device) -> int:
     """Bytes that slots and passes may take, now that the base is loaded."""
+    free = free_bytes(device)
     if not config.train.memory:
-        return free_bytes(device)
-    return int(config.train.memory * GIB) // sharing(device) - taken_bytes(device)
+        return free
+    given = int(config.train.memory * GIB) // sharing(device)
+    return min(free, given - taken_bytes(device))
 
 
 def taken_bytes(device: torch.device) -> int:
-    """Of a GPU by anybody; of the CPU's memory by this process."""
+    """By this process; of what processes on a CPU share, its share."""
     if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return whole - free
+        return torch.cuda.memory_allocated(device) + RUNTIME["cuda"]
+    own, shared = _resident()
+    return own + shared // sharing(device)
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes of this process alone, and of files that others may have mapped too."""
     pages = Path("/proc/self/statm")
     if not pages.is_file():
-        return RUNTIME["cpu"]
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return RUNTIME["cpu"], 0
+    whole, shared = map(int, pages.read_text().split()[1:3])
+    size = os.sysconf("SC_PAGE_SIZE")
+    return (whole - shared) * size, shared * size
 
 
 def sharing(device: torch.device) -> int:
@@ -187,7 +200,9 @@ def sharing(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that the device can still give to one of the processes that share it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds and nothing uses: joining the linears of a site leaves gigabytes.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     table = Path("/proc/meminfo")
     if table.is_file():  # Linux; free pages alone would leave out what the page cache gives back
         for line in table.read_text().splitlines():

@@ -91,7 +91,6 @@ class Base:
         probe = torch.arange(8, device=self.device) * 7 % self.head.shape[0]
         with torch.no_grad(), inputs_of(linears(model)) as seen:
             stock = model(probe[None], use_cache=False).logits[0].float()
-        self.recomputes: bool | None = None
         self._kept = memory.activations(model, targets, config, self.device, self.dtype)
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
@@ -101,7 +100,8 @@ class Base:
         with torch.no_grad():
             self._check(probe, stock)
             self._check_last_layer(probe)
-        self.recomputes = self.limits(config).recompute
+        room = memory.room(config, self.device)
+        self.recomputes = memory.recomputes(config, self._kept, room, self.device)
         if self.shards:  # all make the same passes
             self.recomputes = memory.agreed(self.recomputes)
             if config.adapter.dora:  # norms of the weights are gathered here, by all
@@ -148,13 +148,13 @@ class Base:
             "rotary": fuse_rotary(self.model), "last_layer": int(self._lengthen is not None),
         }  # fmt: skip
 
-    def limits(self, config: Config) -> memory.Limits:
-        """What trains at once, in the memory that is free now."""
-        slot = memory.slot_bytes(config, self.layout.size)
-        return memory.limits(
-            config, self._kept, slot, memory.room(config, self.device), self.device,
-            self.recomputes,
-        )  # fmt: skip
+    def limits(self, config: Config, rows: int) -> memory.Limits:
+        """What trains at once, in the memory that is free now; `rows` of a slot are the rule's."""
+        slot, room = (
+            memory.slot_bytes(config, self.layout.size, rows),
+            memory.room(config, self.device),
+        )
+        return memory.limits(config, self._kept, slot, room, self.device, recompute=self.recomputes)
 
     @property
     def precision(self) -> str:

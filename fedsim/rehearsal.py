@@ -90,14 +90,14 @@ def fit(config: Config, strategy: Strategy) -> None:
         )  # fmt: skip
 
 
-def rows_kept(strategy: Strategy) -> int:
-    """How many rows the rule's terms keep of each client in training."""
-    local = strategy.rule(strategy.start(_row(), LAYOUT), _plan(1.0))
-    return bool(local.prox_mu) + bool(local.control)
+def rows_kept(strategy: Strategy, clients: int) -> int:
+    """How many rows the rule keeps of each client in training, of so many in a round."""
+    local = strategy.rule(strategy.start(_row(), LAYOUT), _plan(clients, 1.0))
+    return bool(local.prox_mu) + bool(local.control) + bool(local.personal)
 
 
-def _plan(scale: float) -> RoundPlan:
-    m = 2  # steps and losses that are not 1: weights by them show
+def _plan(m: int, scale: float) -> RoundPlan:
+    """Steps and losses are not 1: weights by them show."""
     return RoundPlan(
         1, np.arange(m), np.ones(m), np.full(m, LAYOUT.rank), np.full(m, scale), np.full(m, 2),
         np.ones(m), np.zeros(m, dtype=np.int64), (np.arange(m),), m,
@@ -120,7 +120,8 @@ def rehearse(
     Raises:
         ConfigError: the rule asks for what the reduce does not give, or for losses it cannot see.
     """
-    plan, row, m = _plan(reduce.scale), _row(), 2
+    m = 2
+    plan, row = _plan(m, reduce.scale), _row()
     updates = ClientUpdates(
         np.arange(m), row.expand(m, -1), row, np.ones(m, dtype=np.int64), np.full(m, 2.0),
         np.ones(m), np.ones(m, dtype=bool), 0.0,

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fedsim import launch, memory, strategies
+from fedsim import launch, memory, rehearsal, strategies
 from fedsim.config import Config
 from fedsim.errors import ConfigError, ModelError, RunError
 from fedsim.linears import linears, target_linears
@@ -153,8 +153,10 @@ def _fits(
     kept = memory.activations(model, targets, config, device, dtype)
     shapes = [(m.in_features, m.out_features) for m in target_linears(model, targets).values()]
     numbers = sum(config.adapter.rank * (i + o) + config.adapter.dora * o for i, o in shapes)
-    beside = memory.least(config, kept, memory.slot_bytes(config, numbers))
-    return found.numbers * dtype.itemsize + beside <= memory.room(config, device)
+    rule = strategies.load(config.server.strategy, config.server.options)
+    slot = memory.slot_bytes(config, numbers, rehearsal.rows_kept(rule, config.most_clients))
+    room = memory.room(config, device) - found.numbers * dtype.itemsize
+    return memory.fits(config, kept, slot, room)
 
 
 def _group(device: torch.device) -> Any:

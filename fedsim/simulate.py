@@ -53,7 +53,10 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
     base, layout = world.base, world.base.layout
     store, people = world.data.store, world.data.population
     # Over a sharded base finished rows may lie long: the leader's wait for those of others.
-    trainer = workers.team(Trainer(base, store, people, config, key, host=bool(base.shards)))
+    rows = rehearsal.rows_kept(strategy, config.most_clients)
+    trainer = workers.team(
+        Trainer(base, store, people, config, key, host=bool(base.shards), rows=rows)
+    )
     ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})

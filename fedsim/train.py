@@ -40,15 +40,16 @@ class Trainer:
 
     Args:
         host: leave the rows of finished clients on the CPU.
+        rows: that the rule keeps of each client in training.
     """
 
     def __init__(
         self, base: Base, store: TokenStore, population: Population, config: Config, key: int,
-        *, host: bool = False,
+        *, host: bool = False, rows: int = 0,
     ) -> None:  # fmt: skip
         self.base, self.store, self.population = base, store, population
         self.config, self.key, self._host = config, key, host
-        self.limits = base.limits(config)
+        self.limits = base.limits(config, rows)
         self.budget = self.limits.budget
         self.bank = AdapterBank(
             base.layout, self.limits.slots, base.device, lora_plus=config.adapter.lora_plus

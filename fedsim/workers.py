@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedsim import seeds
+from fedsim import rehearsal, seeds, strategies
 from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientUpdates, LocalRule, RoundPlan
@@ -178,7 +178,11 @@ def follow(config: Config) -> Path:
     key = seeds.run_key(config.run.seed)
     silent = config.evaluate.model_copy(update={"limit": 0})
     world = load_world(config.model_copy(update={"evaluate": silent}), key, shard)
-    trainer = Trainer(world.base, world.data.store, world.data.population, config, key, host=True)
+    rule = strategies.load(config.server.strategy, config.server.options)
+    rows = rehearsal.rows_kept(rule, config.most_clients)
+    store, people = world.data.store, world.data.population
+    trainer = Trainer(world.base, store, people, config, key, host=True, rows=rows)
+    said: set[str] = set()
     box: list[Order | int | None] = [None]
     while True:
         with _talking(gone):
@@ -199,7 +203,8 @@ def follow(config: Config) -> Path:
             with _talking(gone):
                 dist.send(header(update), 0)
                 dist.send(update.row[0], 0)
-        for note in meter.notes:
+        for note in set(meter.notes) - said:
+            said.add(note)
             print(f"process {rank()}: {note}", file=sys.stderr)
         end = [-1, meter.passes, meter.rows, meter.room, 0, 0]
         with _talking(gone):

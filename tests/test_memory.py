@@ -16,13 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsim import cost, memory, simulate, weights
+from fedsim import cost, memory, rehearsal, simulate, strategies, weights
 from fedsim.batch import PackedBatch
 from fedsim.config import Config, build
 from fedsim.core import LocalRule
 from fedsim.errors import RunError
 from fedsim.lora import Pass
-from fedsim.memory import Activations, Limits, activations, limits, out_of_memory, slot_bytes
+from fedsim.memory import (
+    Activations,
+    Limits,
+    activations,
+    fits,
+    limits,
+    out_of_memory,
+    recomputes,
+    slot_bytes,
+)
 from fedsim.pretrained import outline
 from fedsim.record import Meter
 from fedsim.train import Trainer
@@ -105,12 +114,18 @@ def test_private_examples_begin_again_too(
     assert len(meter.notes) == 1
 
 
-def test_the_second_time_it_ends(
+def test_the_second_time_it_ends_and_goes_on_as_it_was_told(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, {2, 5})
-    with pytest.raises(RunError, match=r"at most 512 tokens.*train\.recompute"):
-        simulate.run(settings(**STRICT))
+    want = outcome(simulate.run(settings(**STRICT), fresh=True))
+    with monkeypatch.context() as patch:
+        sizes = failing(patch, {2, 30})
+        with pytest.raises(RunError, match=r"at most 512 tokens.*train\.recompute"):
+            simulate.run(settings(**STRICT), fresh=True)
+    rounds = Path(settings().run.out) / "run" / "rounds.jsonl"
+    assert len(sizes) == 30 and len(rounds.read_text().splitlines()) == 1
+    less = {"train__slots": 1, "train__budget_tokens": 256, "train__recompute": "always"}
+    assert outcome(simulate.run(settings(**{**STRICT, **less}), resume=True)) == want
 
 
 def test_no_chunk_is_cut(settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,32 +186,49 @@ def test_activations_by_hand(settings: Callable[..., Config]) -> None:
 
 def test_a_slot_by_hand(settings: Callable[..., Config]) -> None:
     """Row, gradient, two moments and a finished row; what rules keep of each client besides."""
-    for rule, rows in (("fedavg", 5), ("fedprox", 6), ("scaffold", 6), ("feddyn", 7)):
-        assert slot_bytes(settings(server__strategy=rule), 10) == 4 * 10 * rows
+    for rule, rows in (
+        ("fedavg", 5),
+        ("fedprox", 6),
+        ("scaffold", 6),
+        ("feddyn", 7),
+        ("fedsa_lora", 6),
+    ):
+        strategy = strategies.load(rule, {})
+        kept = rehearsal.rows_kept(strategy, 8)
+        assert slot_bytes(settings(), 10, kept) == 4 * 10 * rows
     private = {"level": "example", "noise": 1.0, "clip": 1.0, "delta": 1e-3}
     config = settings(**{f"privacy__{k}": v for k, v in private.items()})
-    assert slot_bytes(config, 10) == 4 * 10 * 6
+    assert slot_bytes(config, 10, 0) == 4 * 10 * 6
+    assert rehearsal.rows_kept(strategies.load("krum", {"f": 1}), 5) == 0, "five at least"
 
 
 def test_what_does_not_fit_is_lowered(settings: Callable[..., Config]) -> None:
     """Slots of 100 bytes, rows of 10 or 2; nine tenths of the room are used."""
     kept = Activations(10, 2, 0)
 
-    def at(room: float, recompute: str = "auto", slots: int = 4, budget: int = 1024) -> Limits:
-        config = settings(train__recompute=recompute, train__slots=slots,
-                          train__budget_tokens=budget)  # fmt: skip
-        return limits(config, kept, 100, math.ceil(room / 0.9), CPU)
+    def at(room: float, slots: int = 4, *, recompute: bool = False) -> Limits:
+        config = settings(clients__number=16, train__slots=slots, train__budget_tokens=1024)
+        return limits(config, kept, 100, math.ceil(room / 0.9), CPU, recompute=recompute)
 
     assert at(10240 + 400) == Limits(4, 1024, recompute=False)
-    assert at(10240 + 399) == Limits(4, 1024, recompute=True)
-    assert at(10240, "never") == Limits(
+    assert at(10240 + 390) == Limits(
         4, 768, False, "memory has room for 4 of 4 slots and passes of 768 tokens"
     )
-    assert at(700).slots == 3 and at(700).budget == 256 and at(0).slots == 1
+    assert at(2048 + 400, recompute=True) == Limits(4, 1024, recompute=True)
+    assert at(2048 + 390, recompute=True).budget == 768
+    assert at(700).slots == 3 and at(0).slots == 1
     assert at(0).budget == 256, "a sequence is not cut"
-    assert at(0, "never").note == "memory has room for 1 of 4 slots and passes of 256 tokens"
-    given = limits(settings(train__recompute="auto"), kept, 100, 0, CPU, recompute=False)
-    assert not given.recompute, "what is decided stays"
+    assert at(0).note == "memory has room for 1 of 4 slots and passes of 256 tokens"
+    assert at(2048 + 800, 8, recompute=True) == Limits(8, 1024, recompute=True)
+    auto = settings(train__recompute="auto", train__budget_tokens=1024)
+    for room, again in ((2 * 10240 / 0.9 + 1, False), (2 * 10240 / 0.9 - 2, True)):
+        assert recomputes(auto, kept, int(room), CPU) is again
+    for how, again in (("never", False), ("always", True)):
+        assert recomputes(settings(train__recompute=how), kept, 0, CPU) is again
+    least = settings(train__recompute="never", train__budget_tokens=1024)
+    assert fits(least, kept, 100, math.ceil(2660 / 0.9))
+    assert not fits(least, kept, 100, math.floor(2659 / 0.9))
+    assert fits(auto, kept, 100, math.ceil(612 / 0.9))
 
 
 def test_a_run_takes_what_it_was_given(
@@ -225,12 +257,14 @@ def test_what_a_device_has(
     """The configured size, less what is taken; else what is free."""
     assert 1 << 20 < memory.free_bytes(CPU) < 1 << 50
     assert 1 << 26 < memory.taken_bytes(CPU) < 1 << 40
-    rest = memory.room(settings(train__memory=100.0), CPU) + memory.taken_bytes(CPU)
-    assert abs(rest - 100 * memory.GIB) < 1 << 24
-    assert abs(memory.room(settings(), CPU) - memory.free_bytes(CPU)) < 1 << 30
+    rest = memory.room(settings(train__memory=1.0), CPU) + memory.taken_bytes(CPU)
+    assert abs(rest - memory.GIB) < 1 << 24
+    for more in (0.0, 1e6):
+        left = memory.room(settings(train__memory=more), CPU)
+        assert abs(left - memory.free_bytes(CPU)) < 1 << 30
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    rest = memory.room(settings(train__memory=100.0), CPU) + memory.taken_bytes(CPU)
-    assert abs(rest - 25 * memory.GIB) < 1 << 24
+    rest = memory.room(settings(train__memory=1.0), CPU) + memory.taken_bytes(CPU)
+    assert abs(rest - memory.GIB / 4) < 1 << 24
 
 
 PEAK = """
