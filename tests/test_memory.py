@@ -119,11 +119,11 @@ def test_the_second_time_it_ends_and_goes_on_as_it_was_told(
 ) -> None:
     want = outcome(simulate.run(settings(**STRICT), fresh=True))
     with monkeypatch.context() as patch:
-        sizes = failing(patch, {2, 30})
+        sizes = failing(patch, {2, 45})
         with pytest.raises(RunError, match=r"at most 512 tokens.*train\.recompute"):
             simulate.run(settings(**STRICT), fresh=True)
     rounds = Path(settings().run.out) / "run" / "rounds.jsonl"
-    assert len(sizes) == 30 and len(rounds.read_text().splitlines()) == 1
+    assert len(sizes) == 45 and len(rounds.read_text().splitlines()) == 1
     less = {"train__slots": 1, "train__budget_tokens": 256, "train__recompute": "always"}
     assert outcome(simulate.run(settings(**{**STRICT, **less}), resume=True)) == want
 
