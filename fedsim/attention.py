@@ -58,13 +58,8 @@ def attention(
             ], None
     # A copy, so that the product of all three, of which v is a part, can go: q and k are already
     # rotated copies, and it would live until the backward (8 % of SmolLM2's activations).
+    v = v.contiguous()
     out = packed_attention(
-        q,
-        k,
-        v.contiguous(),
-        segments.tables(query.device),
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
+        q, k, v, segments.tables(query.device), scale=scale, window=sliding_window, softcap=softcap
     )
     return out[None], None

@@ -85,8 +85,7 @@ def activations(
         r  an adapter's low-rank product, fp32;  under DoRA also its linear's output
 
     Recomputed, one layer has all of these, and the gradients of gate and up, and every layer its
-    input (d). The last layer, of which fewer
-    rows reach the MLP, counts as the others do.
+    input (d). The last layer, of which fewer rows reach the MLP, counts as the others do.
     """
     text = model.config.get_text_config()
     heads, d = text.num_attention_heads, text.hidden_size

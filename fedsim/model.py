@@ -150,10 +150,8 @@ class Base:
 
     def limits(self, config: Config, rows: int) -> memory.Limits:
         """What trains at once, in the memory that is free now; `rows` of a slot are the rule's."""
-        slot, room = (
-            memory.slot_bytes(config, self.layout.size, rows),
-            memory.room(config, self.device),
-        )
+        slot = memory.slot_bytes(config, self.layout.size, rows)
+        room = memory.room(config, self.device)
         return memory.limits(config, self._kept, slot, room, self.device, recompute=self.recomputes)
 
     @property
