@@ -167,15 +167,12 @@ class Estimate:
 
 def estimate(config: Config) -> Estimate:
     """Count a run's cost from the model's configuration and, where they are here, its data."""
-    from transformers import AutoConfig
-
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
     found = weights.find(config.model.name, config.model.revision)
-    hf = AutoConfig.from_pretrained(found.path)
-    check_config(hf, config.data.max_length)
     model = pretrained.outline(found)
-    targets = config.adapter.targets or peft_io.default_targets(hf.model_type)
+    check_config(model.config, config.data.max_length)
+    targets = config.adapter.targets or peft_io.default_targets(model.config.model_type)
     shapes = {n: (m.in_features, m.out_features)
               for n, m in target_linears(model, targets).items()}  # fmt: skip
     layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fedsim import launch, memory, rehearsal, strategies
 from fedsim.config import Config
+from fedsim.core import AdapterLayout
 from fedsim.errors import ConfigError, ModelError, RunError
 from fedsim.linears import linears, target_linears
 from fedsim.mapped import own_generation
@@ -151,10 +152,11 @@ def _fits(
 ) -> bool:  # fmt: skip
     model = outline(found)
     kept = memory.activations(model, targets, config, device, dtype)
-    shapes = [(m.in_features, m.out_features) for m in target_linears(model, targets).values()]
-    numbers = sum(config.adapter.rank * (i + o) + config.adapter.dora * o for i, o in shapes)
+    adapted = target_linears(model, targets)
+    shapes = {n: (m.in_features, m.out_features) for n, m in adapted.items()}
+    layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)
     rule = strategies.load(config.server.strategy, config.server.options)
-    slot = memory.slot_bytes(config, numbers, rehearsal.rows_kept(rule, config.most_clients))
+    slot = memory.slot_bytes(config, layout.size, rehearsal.rows_kept(rule, config.most_clients))
     room = memory.room(config, device) - found.numbers * dtype.itemsize
     return memory.fits(config, kept, slot, room)
 

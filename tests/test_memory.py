@@ -184,15 +184,29 @@ def test_activations_by_hand(settings: Callable[..., Config]) -> None:
     assert Activations(10, 4, 7).rows(6, recompute=True) == 0
 
 
+def test_the_product_of_queries_keys_and_values_goes(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama: 32 + 16 + 16 numbers a row would be kept; gate and up (96) and values (16) are."""
+    real, widths = Trainer.backward, set[float]()
+
+    def backward(self: Trainer, batch: PackedBatch, work: Pass) -> torch.Tensor:
+        def note(x: torch.Tensor) -> torch.Tensor:
+            widths.add(x.untyped_storage().nbytes() / 4 / len(batch))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            return real(self, batch, work)
+
+    monkeypatch.setattr(Trainer, "backward", backward)
+    open_lab(settings).train([0, 1])
+    assert {96, 16} <= widths and 64 not in widths
+
+
 def test_a_slot_by_hand(settings: Callable[..., Config]) -> None:
     """Row, gradient, two moments and a finished row; what rules keep of each client besides."""
-    for rule, rows in (
-        ("fedavg", 5),
-        ("fedprox", 6),
-        ("scaffold", 6),
-        ("feddyn", 7),
-        ("fedsa_lora", 6),
-    ):
+    rules = {"fedavg": 5, "fedprox": 6, "scaffold": 6, "feddyn": 7, "fedsa_lora": 6}
+    for rule, rows in rules.items():
         strategy = strategies.load(rule, {})
         kept = rehearsal.rows_kept(strategy, 8)
         assert slot_bytes(settings(), 10, kept) == 4 * 10 * rows
