@@ -47,7 +47,7 @@ def attention(
             expected="packed segments and arguments that fedsim computes",
             remedy="This architecture is not supported.",
         )  # fmt: skip
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]

@@ -152,7 +152,7 @@ def _rotary(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not packed or cos.shape[-1] != q.shape[-1]:  # partial rotary keeps transformers' own
             return stock(q, k, cos, sin, unsqueeze_dim)
         rotated = torch.ops.fedsim.rotary(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0]
+            q.squeeze(0).transpose(0, 1), k.squeeze(0).transpose(0, 1), cos[0], sin[0]
         )
         return tuple(x.transpose(0, 1)[None] for x in rotated)
 
@@ -239,7 +239,7 @@ def shorten_last_layer(
             return out
         x: Any = self
         attended, _ = x.self_attn(hidden_states=x.input_layernorm(hidden_states), **rest)
-        hidden = take_rows((hidden_states + attended)[0], *some.labels)[None]
+        hidden = take_rows((hidden_states + attended).squeeze(0), *some.labels)[None]
         out = hidden + x.mlp(x.post_attention_layernorm(hidden))
         return out
 

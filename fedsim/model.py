@@ -221,7 +221,7 @@ class Base:
             input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments,
             cache=cache,
         )  # fmt: skip
-        hidden: Tensor = out.last_hidden_state[0]
+        hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden
 
     def hidden(

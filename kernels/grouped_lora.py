@@ -194,6 +194,8 @@ def _linear(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, _, a, b, grad_a, grad_b, scale, tables, columns, widths, tile = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1])
     # Arenas change between the backwards of two modules, so they are no saved tensors.
     ctx.frozen = (weight, a, b, grad_a, grad_b, scale, tables, columns, widths, tile)
