@@ -1,9 +1,8 @@
 """What of a transformers model runs as one operation instead of many.
 
 RMS norms, gated MLPs, rotary embeddings and the rows behind the last attention are replaced on the
-instance, never in the library, and only where they are what they seem: each is compared with what
-it replaces, on random input or on the probe of `model.Base`, which also compares the whole model
-with the stock one. What is not recognised keeps transformers' own code.
+instance, never in the library, and only where they are what they seem (`recognition.py`). What is
+not recognised keeps transformers' own code.
 """
 
 from __future__ import annotations
@@ -19,19 +18,8 @@ from torch import Tensor, nn
 import fedsim_kernels.rms_norm
 import fedsim_kernels.rotary
 import fedsim_kernels.swiglu  # noqa: F401  these register their operations
+from fedsim import recognition
 from fedsim.lora import Site
-
-# Of the largest value; what computes something else is off by more than its rounding in bf16.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def gap(got: Tensor, want: Tensor) -> float:
-    """Largest difference, of the largest wanted value."""
-    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 class FusedNorm(nn.Module):
@@ -55,13 +43,15 @@ def _fused_norm(norm: nn.Module) -> FusedNorm | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
-    x = (_random(4, len(weight)) + 0.5).to(weight)
-    want = norm(x)
-    for scale in (weight.data, 1 + weight.data.float()):  # Gemma's weights are offsets from one
-        found = FusedNorm(scale, eps)
-        if gap(found(x), want) <= 4 * torch.finfo(x.dtype).eps:
-            return found
+    for scale in (Tensor.clone, _offset):
+        if recognition.is_norm(norm, scale, eps):
+            return FusedNorm(scale(weight.data), eps)
     return None
+
+
+def _offset(weight: Tensor) -> Tensor:
+    """Gemma's weights are offsets from one; their sum with it is fp32 there, too."""
+    return 1 + weight.float()
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -83,21 +73,14 @@ def fuse_mlps(model: nn.Module, sites: dict[str, Site]) -> int:
     """
     count = 0
     for name, module in model.named_modules():
-        act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-        if not isinstance(act, nn.SiLU) and type(act).__name__ != "SiLUActivation":
-            continue
         site = sites.get(f"{name}.gate_proj") or sites.get(f"{name}.gate_up_proj")
         members = [] if site is None else [m.name.rpartition(".")[2] for m in site.members]
         gated = members in (["gate_proj", "up_proj"], ["gate_up_proj"])
         if site is None or not gated or not hasattr(module, "down_proj"):
             continue
-        x = _random(1, 4, site.weight.shape[1]).to(site.weight)
-        want = module(x)
-        module.forward = MethodType(_gated(site), module)
-        if gap(module(x), want) <= TOLERANCE[x.dtype]:
+        if recognition.is_swiglu(module, joined=len(members) == 1):
+            module.forward = MethodType(_gated(site), module)
             count += 1
-        else:
-            del module.forward  # the class's own
     return count
 
 
@@ -123,7 +106,7 @@ def fuse_rotary(model: nn.Module) -> int:
         if stock is None or "apply_rotary_pos_emb" not in forward.__code__.co_names:
             continue
         if stock not in same:
-            same[stock] = _is_rotation(stock)
+            same[stock] = recognition.is_half_rotation(stock)
         if not same[stock]:
             continue
         names = {**forward.__globals__, "apply_rotary_pos_emb": _rotary(stock)}
@@ -134,16 +117,6 @@ def fuse_rotary(model: nn.Module) -> int:
         module.forward = MethodType(copy, module)
         count += 1
     return count
-
-
-def _is_rotation(stock: Callable[..., Any]) -> bool:
-    """Does it turn halves against each other? Some architectures turn neighbours."""
-    if list(inspect.signature(stock).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
-        return False
-    q, k, cos, sin = _random(1, 9, 3, 8).split((3, 4, 1, 1), 1)
-    given = (q, k, cos[:, 0], sin[:, 0])
-    pairs = zip(_rotary(stock)(*given), stock(*given), strict=True)
-    return all(gap(got, want) <= TOLERANCE[torch.float32] for got, want in pairs)
 
 
 def _rotary(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,46 +177,42 @@ def take_rows(x: Tensor, rows: Tensor, repeats: int) -> Tensor:
 _PARTS = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
 
 
-def shorten_last_layer(
-    layer: nn.Module, sites: dict[str, Site], prefix: str
-) -> Callable[[], None] | None:
+def shorten_last_layer(layer: nn.Module, sites: dict[str, Site], prefix: str) -> bool:
     """Let the last decoder layer's MLP see only the rows that have labels, where the layer is
 
         x = x + attn(norm(x))     x = x + mlp(norm(x))
 
-    Anything with more parts is left as it is. The same parts may be put together otherwise
-    (Granite multiplies what it adds), so the caller has to compare.
-
-    Returns:
-        What undoes it, or None where nothing was done.
+    Anything with more parts, or that puts them together otherwise, is left as it is; returns
+    whether it was done.
     """
     parts = {name for name, _ in layer.named_children()}
     drops = {n for n in parts if isinstance(layer.get_submodule(n), nn.Dropout)}
-    if parts - drops != _PARTS:
-        return None
     mlp_sites = {id(s): s for name, s in sites.items() if name.startswith(f"{prefix}.mlp.")}
-    if not mlp_sites:
-        return None
+    if parts - drops != _PARTS or not mlp_sites or not recognition.is_pre_norm(layer, _pre_norm):
+        return False
     stock, some = layer.forward, next(iter(mlp_sites.values()))
     for site in mlp_sites.values():
         site.late = True
-
-    def undo() -> None:
-        layer.forward = stock
-        for site in mlp_sites.values():
-            site.late = False
 
     def forward(self: nn.Module, hidden_states: Tensor, **rest: Any) -> Tensor:
         if some.labels is None:
             out: Tensor = stock(hidden_states, **rest)
             return out
-        x: Any = self
-        attended, _ = x.self_attn(hidden_states=x.input_layernorm(hidden_states), **rest)
-        hidden = take_rows((hidden_states + attended).squeeze(0), *some.labels)[None]
-        out = hidden + x.mlp(x.post_attention_layernorm(hidden))
-        return out
+        return _pre_norm(self, hidden_states, some.labels, **rest)
 
     # transformers checkpoints the class's forward, so this one keeps its activations: the backward
     # begins here, and would only compute again what it has just let go.
     layer.forward = MethodType(forward, layer)
-    return undo
+    return True
+
+
+def _pre_norm(
+    layer: Any, hidden_states: Tensor, labels: tuple[Tensor, int] | None = None, **rest: Any
+) -> Tensor:
+    """The layer; with label rows and their repeats, behind its attention of these rows only."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **rest)
+    hidden = hidden_states + attended
+    if labels is not None:
+        hidden = take_rows(hidden.squeeze(0), *labels)[None]
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out

@@ -11,15 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.errors import ModelError, nearest
+from fedsim.recognition import is_linear
 from fedsim_kernels.grouped_lora import tiled_linear, whole
 
 ALIGNED = 64  # bytes: a product's last bit may depend on where its operands lie
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear but the head, in the model's order."""
+    """Every linear but the head, in the model's order; a subclass that computes something else
+    than x W^T + bias is none."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {
+        n: m for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and is_linear(m)
+    }  # fmt: skip
 
 
 def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim import memory
+from fedsim import load_check, memory, verdicts
 from fedsim.attention import attention
 from fedsim.batch import PackedBatch
 from fedsim.cache import Cache
@@ -15,19 +16,12 @@ from fedsim.config import Config
 from fedsim.core import AdapterLayout
 from fedsim.correction import Correction
 from fedsim.errors import ModelError
-from fedsim.fused import (
-    TOLERANCE,
-    fuse_mlps,
-    fuse_norms,
-    fuse_rotary,
-    gap,
-    shorten_last_layer,
-    take_rows,
-)
+from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
 from fedsim.pretrained import compute_dtype, stock
 from fedsim.quantised import holds
+from fedsim.stock_rows import StockRows, sequences
 from fedsim.weights import Weights
 from fedsim_kernels.linear_xent import head_logits
 from fedsim_kernels.segments import Segments
@@ -77,9 +71,16 @@ class Base:
         fused: how many norms, MLPs, attentions and last layers run as fused operations.
         correction: puts what a rule has added to the weights into them.
         shards: of the linears' weights, where they are spread over processes.
+        differences: from stock transformers, the largest of their limits, if it was checked.
+
+    Args:
+        text: sequences to check it with, or none.
     """
 
-    def __init__(self, model: Any, config: Config, targets: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: Any, config: Config, targets: tuple[str, ...],
+        text: tuple[np.ndarray, ...] = (),
+    ) -> None:  # fmt: skip
         check_config(model.config, config.data.max_length)
         self.model = model.eval().requires_grad_(False)
         self.decoder = getattr(model, model.base_model_prefix)
@@ -88,18 +89,17 @@ class Base:
         self.divide = float(getattr(model.config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        probe = torch.arange(8, device=self.device) * 7 % self.head.shape[0]
         with torch.no_grad(), inputs_of(linears(model)) as seen:
-            stock = model(probe[None], use_cache=False).logits[0].float()
+            stock = StockRows(model, text) if text else None
+            if stock is None:
+                self.decoder(torch.arange(8, device=self.device)[None], use_cache=False)
         self._kept = memory.activations(model, targets, config, self.device, self.dtype)
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
         self.errors: dict[str, float] = getattr(model, "quantisation_errors", {})
         self.shards: Shards | None = getattr(model, "shards", None)
         model.set_attn_implementation("fedsim")
-        with torch.no_grad():
-            self._check(probe, stock)
-            self._check_last_layer(probe)
+        self.differences = {} if stock is None else load_check.verify(self, stock)
         room = memory.room(config, self.device)
         self.recomputes = memory.recomputes(config, self._kept, room, self.device)
         if self.shards:  # all make the same passes
@@ -139,13 +139,13 @@ class Base:
         self.layout = AdapterLayout.build(
             shapes, config.adapter.rank, sites=adapted, dora=config.adapter.dora
         )
-        self._lengthen = None
+        self._shortened = False
         if layers := getattr(self.decoder, "layers", None):
             last = f"{self.model.base_model_prefix}.layers.{len(layers) - 1}"
-            self._lengthen = shorten_last_layer(layers[-1], owner, last)
+            self._shortened = shorten_last_layer(layers[-1], owner, last)
         self.fused = {
             "norms": fuse_norms(self.model), "mlps": fuse_mlps(self.model, owner),
-            "rotary": fuse_rotary(self.model), "last_layer": int(self._lengthen is not None),
+            "rotary": fuse_rotary(self.model), "last_layer": int(self._shortened),
         }  # fmt: skip
 
     def limits(self, config: Config, rows: int) -> memory.Limits:
@@ -180,40 +180,6 @@ class Base:
                     self.layout.view(row[None], self.layout.piece(m.name, "mag"))[0, 0] = norms
         return row
 
-    def _check(self, probe: Tensor, stock: Tensor) -> None:
-        """Eight tokens, as two packed sequences and one whole, must give the stock logits."""
-        n = len(probe)
-        packed = torch.cat([probe, probe[:3]])
-        positions = torch.cat([torch.arange(n), torch.arange(3)]).to(self.device)
-        h = self._decode(packed, positions, Segments.build([n, 3], [0, 0]))
-        error = gap(self.logits(h), torch.cat([stock, stock[:3]]))
-        if not error <= TOLERANCE[self.dtype]:
-            raise ModelError(
-                f"{type(self.model).__name__} gives other logits when packed than stock "
-                f"transformers: relative difference {error:.1e}",
-                expected=f"at most {TOLERANCE[self.dtype]:.0e}",
-                remedy="This architecture is not supported.",
-            )
-
-    def _check_last_layer(self, probe: Tensor) -> None:
-        """Where the shortened last layer gives other numbers, it is made whole again."""
-        if self._lengthen is None:
-            return
-        n, row = len(probe), torch.zeros(self.layout.size, device=self.device)
-        positions, rows = torch.arange(n, device=self.device), torch.arange(1, n, 3)
-        segments = Segments.build([n], [0])
-        whole = self._decode(probe, positions, segments)
-        work = Pass(
-            segments, self.layout.site_views(self.magnitudes(row)[None]), None,
-            torch.ones(1, device=self.device), self.anchor, label_rows=rows.to(self.device),
-            label_segments=Segments.build([len(rows)], [0]),
-        )  # fmt: skip
-        short = self.hidden(probe, positions, work)
-        self.rest()
-        if not gap(short, whole[work.label_rows]) <= TOLERANCE[self.dtype]:
-            self._lengthen()
-            self._lengthen, self.fused["last_layer"] = None, 0
-
     def _decode(
         self, ids: Tensor, positions: Tensor, segments: Segments, cache: Cache | None = None
     ) -> Tensor:
@@ -233,7 +199,7 @@ class Base:
         for site in self.sites:
             site.enter(work)
         hidden = self._decode(ids, positions, work.segments, cache)
-        if work.label_rows is None or self._lengthen:
+        if work.label_rows is None or self._shortened:
             return hidden
         return take_rows(hidden, work.label_rows, work.label_repeats)
 
@@ -263,11 +229,12 @@ class Base:
 
 def load(
     weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...],
-    *, shard: bool = False,
+    *, shard: bool = False, tokenizer: Any = None,
 ) -> Base:  # fmt: skip
     """Load a Hugging Face causal LM from a folder and make it the shared base.
 
     Args:
+        tokenizer: the model's own, for a text to check the base with.
         shard: spread its linears over the processes, which all load it now.
 
     Raises:
@@ -276,7 +243,7 @@ def load(
     from transformers import AttentionInterface
 
     AttentionInterface.register("fedsim", attention)
-    dtype = compute_dtype(config, device)
+    dtype, pack = compute_dtype(config, device), False
     if shard:
         from fedsim import sharded  # DeepSpeed's part of fedsim, for those who ask for it
 
@@ -284,6 +251,16 @@ def load(
     else:
         pack = weights.values is None and holds(weights.numbers, config, dtype, device)
         found = stock(weights, config, device, "eager", pack=pack)
-    base = Base(found, config, targets)
+    text = sequences(tokenizer, found.get_input_embeddings().num_embeddings)
+    verdict = verdicts.place(
+        weights, config, targets, device, dtype=dtype, shard=shard, pack=pack,
+        text=[ids.tolist() for ids in text],
+    )  # fmt: skip
+    accepted = verdicts.known(verdict)
+    if shard:  # all make the same passes
+        accepted = memory.agreed(accepted)
+    base = Base(found, config, targets, () if accepted else text)
+    if not accepted:
+        verdicts.keep(verdict, base.differences)
     memory.give_back()
     return base

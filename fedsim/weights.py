@@ -9,6 +9,7 @@ import math
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,10 @@ class Weights:
 
     def digest(self) -> str:
         """sha256 over the weight files and the model's configuration."""
-        h = hashlib.sha256()
-        for file in sorted(self.path.iterdir()):
-            if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
-                with file.open("rb") as stream:
-                    h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-        return h.hexdigest()
+        files = [f for f in sorted(self.path.resolve().iterdir())
+                 if f.suffix in (".safetensors", ".bin") or f.name == "config.json"]  # fmt: skip
+        stats = [f.stat() for f in files]
+        return _digest(tuple((f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)))
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -91,6 +90,16 @@ class Weights:
         kinds = {entry["dtype"] for entry in self.entries.values()}
         known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         return known.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files of these sizes and times, read once in a process."""
+    h = hashlib.sha256()
+    for file, *_ in files:
+        with file.open("rb") as stream:
+            h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return h.hexdigest()
 
 
 def _package_file(alias: Alias) -> Path | None:

@@ -132,7 +132,7 @@ def load_world(config: Config, key: int, shard: bool | None = None) -> World:
         found = mapped(found, config, dtype, whole)
     if leads:
         launch.meet(shard)  # what loading leaves in the caches is whole now
-    base = model.load(found, config, device, targets, shard=shard)
+    base = model.load(found, config, device, targets, shard=shard, tokenizer=tokenizer)
     engine = Engine(base, tokenizer, config.adapter, pass_budget(config, device))
     digests = {dataset.name: rows.digest} | {n: t.digest for n, t in tests.tasks.items()}
     return World(

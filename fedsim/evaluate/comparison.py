@@ -88,7 +88,7 @@ class Comparison:
         precision = weights.precision(str(pretrained.compute_dtype(config, device))[6:], config)
         if self.backend == "engine":
             targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
-            base = model.load(found, config, device, targets)
+            base = model.load(found, config, device, targets, tokenizer=tokenizer)
             yield Engine(base, tokenizer, config.adapter, pass_budget(config, device)), precision
         elif self.backend == "transformers":
             yield Stock(found, tokenizer, config), precision
