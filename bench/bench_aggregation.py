@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import numpy as np
+import torch
 from harness import Arm
+from torch import Tensor
 
 from fedsim import strategies
 from fedsim.adapters import initial_row

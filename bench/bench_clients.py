@@ -33,15 +33,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import numpy as np
+import torch
 from harness import Arm, Timed
 from stock import Stock, Trained
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fedsim import pretrained, seeds
 from fedsim.adapters import initial_row

@@ -17,6 +17,8 @@ anything is timed. Figures of single operations are described in bench_ops.py; t
     memory_per_client  growth of the peak resident set from 8 to 24 clients on the same examples,
                 per client, over 18 bytes x P
     strict_over_fast  throughput of a round of 5 clients x batch 16
+    beside_busy  throughput of the same round beside one process that keeps a core busy, of that
+                 alone
     start_seconds  a fresh process from its start to the end of its first step, everything cached
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -34,13 +37,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import bench_ops
 import bench_step
 import harness
+import psutil
+import torch
 from bench_clients import Work, engine_round
 from bench_ops import TOLERANCE, must_agree
 from bench_step import KEY, Step, configure
@@ -65,6 +67,7 @@ FIGURES: dict[str, tuple[str, float, float, bool]] = {
     "memory_per_client": ("memory per extra client / (18 bytes x P)", 1.15, 1.05, False),
     "utilisation": ("rows / budget, log-normal clients", 0.92, 0.97, True),
     "strict_over_fast": ("strict / fast throughput", 0.8, 0.9, True),
+    "beside_busy": ("beside one busy process / alone", 0.45, 0.5, True),
     "start_seconds": ("start of the process to first step, seconds", 10, 5, False),
 }
 
@@ -94,6 +97,25 @@ def vs_b1(world: World, name: str, clients: int, batch: int, repeats: int) -> Fi
     if not (high <= SMALL if name == "vs_b1_small" else low >= LARGE):
         raise RunError(f"{name}: got steps of {low} to {high} tokens")
     return found
+
+
+def beside_busy(work: Work, repeats: int) -> Figure:
+    """Seconds of a round alone over those beside a process that never waits."""
+
+    def beside() -> None:
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            engine_round(work)
+        finally:
+            busy.kill()
+            busy.wait()
+
+    arms = {"alone": Arm(partial(engine_round, work)), "beside": Arm(beside)}
+    timed = harness.time_arms(arms, repeats, "beside_busy")
+    return harness.figure(
+        harness.ratio(timed["alone"].seconds, timed["beside"].seconds),
+        waiting=os.environ.get("OMP_WAIT_POLICY"),
+    )
 
 
 def peak_growth(world: World, clients: int, batch: int) -> int:
@@ -190,6 +212,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
     fast = Work.build(configure(name, 5, 16), world)
     strict = fast.train(mode="strict")
     figures["strict_over_fast"] = rounds("strict_over_fast", strict, fast, few)
+    figures["beside_busy"] = beside_busy(fast, few)
     for key, (title, target, stretch, more) in FIGURES.items():
         figures[key] |= {"title": title, "target": target, "stretch": stretch, "more": more}
     return {

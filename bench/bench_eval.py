@@ -28,13 +28,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import torch
 from bench_clients import data_folder
 from harness import Arm, Figure
+from torch import Tensor
 
 from fedsim import domains, model, peft_io, seeds, weights
 from fedsim.adapters import initial_row

@@ -23,13 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import tomli_w
-import torch
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import torch
 from bench_clients import data_folder
 from bench_workers import BOUND, apart, family
+from safetensors.torch import load_file
 
 from fedsim import weights
 from fedsim.errors import FedSimError, RunError

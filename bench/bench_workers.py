@@ -24,13 +24,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import tomli_w
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import torch
 from bench_clients import data_folder
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fedsim import weights
 from fedsim.config import Config

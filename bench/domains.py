@@ -19,10 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import torch
 from bench_clients import data_folder
 
 from fedsim import domains, seeds, simulate

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before torch, whose threads then wait without spinning: benches import this file first.
 import torch
 
 from fedsim.record import surroundings

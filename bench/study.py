@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parent))  # benches are scripts, not a package
 import harness
+import torch
 from bench_clients import data_folder
 
 from fedsim import simulate, strategies

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fedsim import record, weights
@@ -19,6 +21,7 @@ def findings() -> list[tuple[str, str]]:
         ("python", around["python"]),
         ("system", around["system"]),
         ("device", f"{around['device']} ({around['cpu_capability']}, {around['threads']} threads)"),
+        ("threads that wait", _waiting()),
         ("bf16 in hardware", _yes(compute_dtype(Config(), device) == torch.bfloat16)),
     ]
     installed = around["versions"]
@@ -29,6 +32,15 @@ def findings() -> list[tuple[str, str]]:
     for alias in weights.ALIASES:
         rows.append((f"model {alias}", weights.locate(alias)))
     return [*rows, *sandbox.isolation()]
+
+
+def _waiting() -> str:
+    """What OpenMP's threads do between operations, as it was told when torch was loaded."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
+    if policy == "passive":
+        return "sleep (OMP_WAIT_POLICY=passive): a busy neighbour costs a share"
+    told = f"OMP_WAIT_POLICY={policy}" if policy else "torch was loaded before fedsim"
+    return f"spin ({told}): a busy neighbour costs a factor; set OMP_WAIT_POLICY=passive"
 
 
 def _yes(value: bool) -> str:

@@ -33,7 +33,7 @@ TEXTS = (
 )
 LENGTHS = (24, 11, 16, 15)  # tokens of each, at most
 COLUMNS = 4096  # of the vocabulary, whose logits are compared
-LAYERS, WEIGHTS = 12, 150_000_000  # that are compared, at most, beside one of each kind
+LAYERS, WEIGHTS = 12, 120_000_000  # that are compared, at most, beside one of each kind
 LONGEST = {"cpu": 2048, "cuda": 8192}  # tokens of a sequence that is longer than a window
 
 

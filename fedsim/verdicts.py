@@ -19,7 +19,7 @@ import torch
 
 import fedsim
 import fedsim_kernels
-from fedsim import memory, record
+from fedsim import record
 from fedsim.checkpoint import write_atomic
 from fedsim.config import Config
 from fedsim.data.tokens import cache_root

@@ -11,7 +11,6 @@ import os
 
 # Triton reads this when it is first imported, which torch does: its kernels run on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import fedsim  # noqa: F401  before torch: its threads sleep while they wait
 from fedsim.config import Config, build
 from fedsim.data.embedded import finance
 from fedsim_kernels import dispatch, native

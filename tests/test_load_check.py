@@ -6,7 +6,7 @@ that have what each needs; a fault in the base's own dtype alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsim import load_check, model, weights
+from fedsim import model, weights
 from fedsim.attention import packed_attention
 from fedsim.config import Config
 from fedsim.errors import ModelError
