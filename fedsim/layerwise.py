@@ -79,17 +79,20 @@ class Call:
 
 
 @contextmanager
-def stubs(layers: Sequence[nn.Module], last: Tensor | None = None) -> Iterator[list[Call]]:
+def stubs(
+    layers: Sequence[nn.Module], last: Tensor | None = None, *, outputs: int = 0
+) -> Iterator[list[Call]]:
     """Let layers compute nothing: each notes its call and hands its input on, the last one instead
-    `last` (T, D) if given."""
+    `last` (T, D) if given; as the first of a tuple of `outputs`, or alone where they are 0."""
     calls: list[Call] = []
 
-    def stub(number: int) -> Callable[..., Tensor]:
-        def forward(*arguments: Any, **named: Any) -> Tensor:
+    def stub(number: int) -> Callable[..., Any]:
+        def forward(*arguments: Any, **named: Any) -> Any:
             hidden = input_of(arguments, named)
             named.pop("hidden_states", None)
             calls.append(Call(hidden, arguments[1:], named))
-            return (hidden if last is None or number < len(layers) - 1 else last)[None]
+            given = (hidden if last is None or number < len(layers) - 1 else last)[None]
+            return (given, *[None] * (outputs - 1)) if outputs else given
 
         return forward
 

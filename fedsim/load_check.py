@@ -21,9 +21,9 @@ reference's as the exact ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from fedsim.cache import Cache
 from fedsim.errors import ModelError
 from fedsim.layerwise import Call, around_in_fp32, in_fp32, stubs
 from fedsim.lora import Pass, SiteMember
+from fedsim.memory import out_of_memory
 from fedsim.prefix import common_prefix
 from fedsim.stock_rows import Sheet, StockRows
 from fedsim_kernels.segments import Segments
@@ -169,7 +170,10 @@ class Actual:
 
     def _calls(self, one: Packed, sheet: Sheet, wide: bool) -> list[Call]:
         """How the decoder calls its layers in one pass."""
-        with stubs(self.expected.layers) as calls, ExitStack() as block:
+        with (
+            stubs(self.expected.layers, outputs=self.expected.outputs) as calls,
+            ExitStack() as block,
+        ):
             if wide:
                 block.enter_context(around_in_fp32(self.base.model, self.expected.layers))
             one.ready()
@@ -182,7 +186,7 @@ class Actual:
     def _compare_logits(self, wide: bool) -> None:
         base, ids = self.base, self.expected.sheets[0].ids[2]
         last = self.expected.last.float() if wide else self.expected.last
-        with stubs(self.expected.layers, last), ExitStack() as block:
+        with stubs(self.expected.layers, last, outputs=self.expected.outputs), ExitStack() as block:
             if wide:
                 block.enter_context(around_in_fp32(base.model, self.expected.layers))
             work = replace(self.work, segments=Segments.build([len(ids)], [0]))
@@ -232,6 +236,21 @@ def relative(rows: Tensor, exact: Tensor) -> Tensor:
 def excess(error: Tensor, own: Tensor) -> Tensor:
     """Errors in fp32 over their limits, (T,), from both relative ones: at most 1 is right."""
     return error / (own.clamp(min=float(own.median())) * FINER + FLOOR)
+
+
+@contextmanager
+def refusing(model: Any) -> Iterator[None]:
+    """Let whatever fails in packed passes, or in layers called one by one, be a ModelError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as failure:
+        if out_of_memory(failure):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot be computed in packed passes "
+            f"({type(failure).__name__}: {failure})",
+            remedy="This architecture is not supported.",
+        ) from failure
 
 
 def verify(base: Base, expected: StockRows) -> dict[str, float]:

@@ -89,7 +89,7 @@ class Base:
         self.divide = float(getattr(model.config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        with torch.no_grad(), inputs_of(linears(model)) as seen:
+        with torch.no_grad(), inputs_of(linears(model)) as seen, load_check.refusing(model):
             stock = StockRows(model, text) if text else None
             if stock is None:
                 self.decoder(torch.arange(8, device=self.device)[None], use_cache=False)
@@ -99,7 +99,8 @@ class Base:
         self.errors: dict[str, float] = getattr(model, "quantisation_errors", {})
         self.shards: Shards | None = getattr(model, "shards", None)
         model.set_attn_implementation("fedsim")
-        self.differences = {} if stock is None else load_check.verify(self, stock)
+        with load_check.refusing(model):
+            self.differences = load_check.verify(self, stock) if stock else {}
         room = memory.room(config, self.device)
         self.recomputes = memory.recomputes(config, self._kept, room, self.device)
         if self.shards:  # all make the same passes

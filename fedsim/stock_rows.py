@@ -78,14 +78,19 @@ class StockRows:
     @torch.no_grad()
     def __init__(self, model: Any, ids: tuple[np.ndarray, ...]) -> None:
         self.model, self.layers = model, layers_of(model)
+        self.outputs = 0  # of a layer, where it gives a tuple
         self.head = model.get_output_embeddings()
         self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
         v = len(self.head.weight)
         self.columns = torch.arange(0, v, -(-v // COLUMNS), device=self.device)
         short, seen, numbers = Sheet(ids), list[Tensor](), few_of(self.layers, LAYERS, WEIGHTS)
-        hooks = [layer.register_forward_pre_hook(
-            lambda _, *given: seen.append(input_of(*given)), with_kwargs=True
-        ) for layer in self.layers]  # fmt: skip
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda _, *given: seen.append(input_of(*given)), with_kwargs=True
+            )
+            for layer in self.layers
+        ]
+        hooks.append(self.layers[0].register_forward_hook(self._note_outputs))
         self._run(np.concatenate(ids))
         for hook in hooks:
             hook.remove()
@@ -98,6 +103,9 @@ class StockRows:
         for sheet in self.sheets:
             self._measure(sheet)
         self._measure_logits(short)
+
+    def _note_outputs(self, layer: nn.Module, arguments: Any, out: Any) -> None:
+        self.outputs = len(out) if isinstance(out, tuple) else 0
 
     def _run(self, ids: np.ndarray, *, head: bool = False) -> Any:
         model = self.model if head else getattr(self.model, self.model.base_model_prefix)
@@ -117,7 +125,7 @@ class StockRows:
 
     def _calls(self, ids: np.ndarray, *, wide: bool) -> list[Call]:
         """Of the layers, for one sequence."""
-        with stubs(self.layers) as calls, ExitStack() as block:
+        with stubs(self.layers, outputs=self.outputs) as calls, ExitStack() as block:
             if wide:
                 block.enter_context(around_in_fp32(self.model, self.layers))
             self._run(ids)
@@ -165,7 +173,7 @@ class StockRows:
         name = next(n for n, m in self.model.named_modules() if m is self.head)
         parent, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        with stubs(self.layers, last), ExitStack() as block:
+        with stubs(self.layers, last, outputs=self.outputs), ExitStack() as block:
             if last.dtype == torch.float32 != self.dtype:
                 block.enter_context(around_in_fp32(self.model, self.layers))
             block.callback(setattr, owner, leaf, self.head)
