@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch, whose threads then wait without spinning: benches import this file first.
+# As fedsim sets it; here, because benches import torch first, after this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from fedsim.record import surroundings

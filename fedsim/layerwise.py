@@ -15,7 +15,7 @@ from fedsim.errors import ModelError
 from fedsim.lora import SiteMember
 from fedsim.room import HeldLinear, Room
 
-_WORDS = ("sliding_window", "layer_type", "attention_type", "is_sliding")
+_PLACES = ("layer_idx", "layer_number", "training")
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -46,21 +46,31 @@ def few_of(layers: Sequence[nn.Module], most: int, weights: int) -> list[int]:
 
 
 def _weights(module: nn.Module) -> int:
-    """Of a module without its children."""
+    """Number of a module's own weights."""
     held = module.held.shape.numel() if isinstance(module, HeldLinear) else 0
     return held + sum(p.numel() for p in module._parameters.values() if p is not None)
 
 
 def _kind(layer: nn.Module) -> str:
-    """Layers of one kind run the same code, whatever their weights."""
-    return str([(name, type(m).__name__, *(str(m.__dict__.get(w)) for w in _WORDS))
-                for name, m in layer.named_modules()])  # fmt: skip
+    """Modules of a layer and their settings: layers of one kind differ in their weights only."""
+
+    def settings(module: nn.Module) -> list[tuple[str, object]]:
+        return [(k, v) for k, v in sorted(module.__dict__.items())
+                if k not in _PLACES and isinstance(v, str | int | float | None)]  # fmt: skip
+
+    return str([(n, type(m).__name__, settings(m)) for n, m in layer.named_modules()])
 
 
 def input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     """(T, D) that a layer is called with."""
     found: Tensor = named["hidden_states"] if "hidden_states" in named else arguments[0]
     return found.squeeze(0)
+
+
+def rows_of(output: Any) -> Tensor:
+    """(T, D) that a layer gives."""
+    found: Tensor = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,7 @@ class Call:
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output (T, D) for another input."""
-        out = layer(hidden[None], *self.arguments, **self.named)
-        rows: Tensor = (out[0] if isinstance(out, tuple) else out).squeeze(0)
-        return rows
+        return rows_of(layer(hidden[None], *self.arguments, **self.named))
 
 
 @contextmanager
@@ -110,11 +118,12 @@ def stubs(
 
 @contextmanager
 def rounding(layer: nn.Module) -> Iterator[None]:
-    """What the layer and each module without children in it give is rounded to bf16."""
+    """Round to bf16 what the layer, and each module without children in it, gives."""
 
     def to_bf16(module: nn.Module, arguments: Any, out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
-        first = first.bfloat16().to(first.dtype)
+        if first.is_floating_point():
+            first = first.bfloat16().to(first.dtype)
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
     hooks = [m.register_forward_hook(to_bf16) for m in layer.modules()
@@ -138,8 +147,8 @@ class _Wide(Room):
 
 @contextmanager
 def in_fp32(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Weights of these modules, without their children, in fp32; of linears also those that are
-    joined in a site, or held in another form."""
+    """Hold the weights of these modules, not of their children, in fp32; of linears also those that
+    are joined in a site, or held in another form."""
     with ExitStack() as undo:
 
         def let(owner: Any, name: str, value: Any) -> None:
@@ -163,8 +172,8 @@ def in_fp32(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def around_in_fp32(model: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """All but the layers in fp32: embeddings, what the decoder derives from them, as positions, and
-    its last norm. Tables of embeddings stay as they are; what is read from them is converted."""
+    """Hold all but the layers in fp32: embeddings, what the decoder derives from them, as
+    positions, and its last norm. Tables of embeddings stay; what is read from them is converted."""
     inside = {id(m) for layer in layers for m in layer.modules()}
     inside |= {id(m) for m in model.modules() if isinstance(m, nn.Embedding)}
     inside.add(id(model.get_output_embeddings()))

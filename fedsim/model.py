@@ -68,10 +68,12 @@ class Base:
     Attributes:
         layout: where each target's factors lie in an adapter's row.
         sites: every linear but the head, grouped by the input that they read.
+        shortened: behind the last attention only label rows go on.
         fused: how many norms, MLPs, attentions and last layers run as fused operations.
         correction: puts what a rule has added to the weights into them.
         shards: of the linears' weights, where they are spread over processes.
-        differences: from stock transformers, the largest of their limits, if it was checked.
+        differences: from stock transformers, the largest as fractions of their limits, if it was
+            checked now.
 
     Args:
         text: sequences to check it with, or none.
@@ -89,10 +91,10 @@ class Base:
         self.divide = float(getattr(model.config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        with torch.no_grad(), inputs_of(linears(model)) as seen, load_check.refusing(model):
-            stock = StockRows(model, text) if text else None
-            if stock is None:
+        with torch.no_grad(), load_check.refusing(model):
+            with inputs_of(linears(model)) as seen:
                 self.decoder(torch.arange(8, device=self.device)[None], use_cache=False)
+            stock = StockRows(model, text) if text else None
         self._kept = memory.activations(model, targets, config, self.device, self.dtype)
         self._build(target_linears(model, targets), groups(linears(model), seen), config)
         self.correction = Correction(self.sites)
@@ -101,6 +103,7 @@ class Base:
         model.set_attn_implementation("fedsim")
         with load_check.refusing(model):
             self.differences = load_check.verify(self, stock) if stock else {}
+        del stock, seen  # before free memory is looked at
         room = memory.room(config, self.device)
         self.recomputes = memory.recomputes(config, self._kept, room, self.device)
         if self.shards:  # all make the same passes
@@ -140,13 +143,13 @@ class Base:
         self.layout = AdapterLayout.build(
             shapes, config.adapter.rank, sites=adapted, dora=config.adapter.dora
         )
-        self._shortened = False
+        self.shortened = False
         if layers := getattr(self.decoder, "layers", None):
             last = f"{self.model.base_model_prefix}.layers.{len(layers) - 1}"
-            self._shortened = shorten_last_layer(layers[-1], owner, last)
+            self.shortened = shorten_last_layer(layers[-1], owner, last)
         self.fused = {
             "norms": fuse_norms(self.model), "mlps": fuse_mlps(self.model, owner),
-            "rotary": fuse_rotary(self.model), "last_layer": int(self._shortened),
+            "rotary": fuse_rotary(self.model), "last_layer": int(self.shortened),
         }  # fmt: skip
 
     def limits(self, config: Config, rows: int) -> memory.Limits:
@@ -200,7 +203,7 @@ class Base:
         for site in self.sites:
             site.enter(work)
         hidden = self._decode(ids, positions, work.segments, cache)
-        if work.label_rows is None or self._shortened:
+        if work.label_rows is None or self.shortened:
             return hidden
         return take_rows(hidden, work.label_rows, work.label_repeats)
 

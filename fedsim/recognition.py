@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 LIMIT = 8 * 2.0**-24
+_SIZES = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0, 10.0, 100.0, 100.0])  # of rows
 
 
 def agree(got: Tensor, want: Tensor) -> bool:
-    """Whether all elements are equal up to a few roundings in fp32; NaN never is."""
+    """Test whether all elements are equal up to a few roundings in fp32; NaN never is."""
     got, want = got.float(), want.float()
     if got.shape != want.shape:
         return False
@@ -60,7 +61,7 @@ class Columns(nn.Module):
 
 
 class Line(nn.Module):
-    """a x + b, in place of a submodule; of attention beside no weights."""
+    """The map a x + b in place of a submodule; in attention's place it returns no weights, too."""
 
     def __init__(self, a: float, b: float, *, attention: bool = False) -> None:
         super().__init__()
@@ -89,18 +90,18 @@ def outcome(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def is_norm(norm: nn.Module, scale: Callable[[Tensor], Tensor], eps: float) -> bool:
-    """Whether it is x / sqrt(mean x^2 + eps) scale(weight), where eps shows: mean x^2 is 1.25e-4.
-    The mean of x is not 0, so that a norm that subtracts it is another."""
+    """Test whether it is x / sqrt(mean x^2 + eps) scale(weight), where eps shows: mean x^2 is
+    1.25e-4 in most rows. The mean of x is not 0: a norm that subtracts it is another."""
     alone = in_fp32(norm)
     weight: Any = alone.weight
-    x = 1e-2 * (numbers(8, len(weight)) + 0.5)
+    x = _SIZES[:, None] * 1e-2 * (numbers(8, len(weight)) + 0.5)
     got = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale(weight.detach())
     want = outcome(alone, x)
     return want is not None and agree(got, want)
 
 
 def is_swiglu(mlp: nn.Module, joined: bool) -> bool:
-    """Whether it is down(silu(gate x) (up x)).
+    """Test whether it is down(silu(gate x) (up x)), unclamped up to 40 and more.
 
     Args:
         joined: one linear computes gate and up, in this order.
@@ -111,15 +112,15 @@ def is_swiglu(mlp: nn.Module, joined: bool) -> bool:
         parts["gate_up_proj"] = Columns(0, 2 * width)
     else:
         parts |= {"gate_proj": Columns(0, width), "up_proj": Columns(width, width)}
-    x = 2 * numbers(1, 16, 2 * width)
+    x = 0.2 * _SIZES[:, None] * numbers(1, 8, 2 * width)
     gate, up = x.chunk(2, -1)
     want = outcome(with_parts(mlp, parts), x)
     return want is not None and agree(nn.functional.silu(gate) * up, want)
 
 
 def is_half_rotation(rotate: Callable[..., Any]) -> bool:
-    """Whether it is x cos + (-x2 | x1) sin of queries and keys. Some architectures turn neighbours
-    against each other; others turn a part, or scale."""
+    """Test whether it is x cos + (-x2 | x1) sin of queries and keys. Some architectures turn
+    neighbours against each other; others turn a part, or scale."""
     if list(inspect.signature(rotate).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return False
     size = 16
@@ -141,7 +142,7 @@ def is_half_rotation(rotate: Callable[..., Any]) -> bool:
 
 
 def is_pre_norm(layer: nn.Module, formula: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    """Whether a decoder layer puts its norms, attention and MLP together as the formula does."""
+    """Test whether a decoder layer puts norms, attention and MLP together as the formula does."""
     alone = with_parts(layer, {
         "input_layernorm": Line(2.0, 1.0), "self_attn": Line(3.0, 0.5, attention=True),
         "post_attention_layernorm": Line(0.5, 2.0), "mlp": Line(1.5, 0.25),
@@ -152,7 +153,7 @@ def is_pre_norm(layer: nn.Module, formula: Callable[[nn.Module, Tensor], Tensor]
 
 
 def is_linear(module: nn.Linear) -> bool:
-    """Whether it computes x W^T + bias: subclasses may quantise x or scale."""
+    """Test whether it computes x W^T + bias: subclasses may quantise x or scale."""
     if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__:
         return True
     alone = copy.copy(module)

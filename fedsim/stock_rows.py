@@ -20,6 +20,7 @@ from fedsim.layerwise import (
     input_of,
     layers_of,
     rounding,
+    rows_of,
     stubs,
 )
 from fedsim.prefix import common_prefix
@@ -31,18 +32,20 @@ TEXTS = (
     "def area(radius):\n    return 3.14159 * radius ** 2\n",
     "def area(radius, height):\n    return 2 * radius + height\n",
 )
-LENGTHS = (24, 11, 16, 15)  # tokens of each, at most
+LENGTHS, LEAST = (24, 11, 16, 15), 6  # tokens of each, at most and at least
 COLUMNS = 4096  # of the vocabulary, whose logits are compared
 LAYERS, WEIGHTS = 12, 120_000_000  # that are compared, at most, beside one of each kind
-LONGEST = {"cpu": 2048, "cuda": 8192}  # tokens of a sequence that is longer than a window
+SCORES = 2 << 30  # bytes of fp32 scores of a sequence that is longer than a window
 
 
 def sequences(tokenizer: Any | None, vocabulary: int) -> tuple[np.ndarray, ...]:
-    """Tokens of the texts, as the tokenizer gives them; without one, counted ones."""
-    if tokenizer is None:
-        return tuple(np.arange(n) * 7 % vocabulary for n in LENGTHS)
-    whole = [np.array(tokenizer(text)["input_ids"], dtype=np.int64) for text in TEXTS]
-    return tuple(ids[:n] for ids, n in zip(whole, LENGTHS, strict=True))
+    """Tokens of the texts, as the tokenizer gives them; counted ones, whose last two sequences
+    begin alike, without a tokenizer or where it gives almost none."""
+    if tokenizer is not None:
+        whole = [np.array(tokenizer(text)["input_ids"], dtype=np.int64) for text in TEXTS]
+        if min(map(len, whole)) >= LEAST:
+            return tuple(ids[:n] for ids, n in zip(whole, LENGTHS, strict=True))
+    return tuple((np.arange(n) * 7 + 3 * min(i, 2)) % vocabulary for i, n in enumerate(LENGTHS))
 
 
 @dataclass
@@ -71,6 +74,8 @@ class StockRows:
     """What stock transformers computes, noted while the model is still its own.
 
     Attributes:
+        whole: all sequences as one.
+        passed: what each layer that is not compared in fp32 was given and gave of it, (T, D).
         last, exact, rounded: last hidden states (T, D) of the third sequence, and its logits
             (T, columns).
     """
@@ -83,11 +88,16 @@ class StockRows:
         self.device, self.dtype = self.head.weight.device, self.head.weight.dtype
         v = len(self.head.weight)
         self.columns = torch.arange(0, v, -(-v // COLUMNS), device=self.device)
-        short, seen, numbers = Sheet(ids), list[Tensor](), few_of(self.layers, LAYERS, WEIGHTS)
+        short, numbers = Sheet(ids), few_of(self.layers, LAYERS, WEIGHTS)
+        seen, gave = list[Tensor](), list[Tensor]()
         hooks = [
             layer.register_forward_pre_hook(
                 lambda _, *given: seen.append(input_of(*given)), with_kwargs=True
             )
+            for layer in self.layers
+        ]
+        hooks += [
+            layer.register_forward_hook(lambda _, arguments, out: gave.append(rows_of(out)))
             for layer in self.layers
         ]
         hooks.append(self.layers[0].register_forward_hook(self._note_outputs))
@@ -99,6 +109,8 @@ class StockRows:
         for i in numbers:  # packed, the last two sequences share how they begin
             short.inputs[i] = seen[i].clone()
             short.inputs[i][other] = seen[i][one]
+        self.whole = np.concatenate(ids)
+        self.passed = {i: (x, y) for i, (x, y) in enumerate(zip(seen, gave)) if i not in numbers}
         self.sheets = [short, *self._longer(short)]
         for sheet in self.sheets:
             self._measure(sheet)
@@ -116,7 +128,8 @@ class StockRows:
         text = self.model.config.get_text_config()
         window = getattr(text, "sliding_window", None) or 0
         n = window + 4
-        if max(map(len, short.ids)) < n <= LONGEST[self.device.type] and window:
+        scores = 12 * text.num_attention_heads * n * n  # scores, their softmax, and a mask
+        if window and max(map(len, short.ids)) < n and scores <= SCORES:
             types = getattr(text, "layer_types", None) or [""] * len(self.layers)
             at = torch.arange(n, device=self.device) % (short.first[-1] - 1) + 1
             of = {types[i]: i for i in reversed(list(short.inputs))}

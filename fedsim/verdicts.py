@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -23,6 +24,7 @@ from fedsim import record
 from fedsim.checkpoint import write_atomic
 from fedsim.config import Config
 from fedsim.data.tokens import cache_root
+from fedsim.errors import RunError
 from fedsim.weights import Weights
 
 LEAST = 50_000_000  # weights of a base; a smaller one is as quickly checked as its files are read
@@ -35,9 +37,11 @@ def place(
     """The file of a base's verdict, or None where none is kept."""
     if weights.numbers < LEAST:
         return None
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    where = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_amx_tile_supported()
     parts = [
-        weights.digest(), record.versions(), _sources(), where, record.implementation(device),
+        weights.digest(), weights.values and _stat(weights.values), record.versions(), _sources(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else where,
+        record.implementation(device), os.environ.get("FEDSIM_NATIVE"),
         config.model.quantisation, config.model.double_quantisation, config.adapter.dora,
         sorted(targets), sorted(more.items()),
     ]  # fmt: skip
@@ -46,16 +50,21 @@ def place(
 
 
 def known(file: Path | None) -> bool:
-    """Whether the base was accepted before."""
+    """Test whether the base was accepted before."""
     return file is not None and file.is_file()
 
 
 def keep(file: Path | None, largest: Mapping[str, float]) -> None:
-    """Note that the base is accepted, and its largest differences, of their limits."""
+    """Note that the base is accepted, with its largest differences as fractions of their limits."""
     if file is not None:
-        with suppress(fedsim.errors.RunError, OSError):
+        with suppress(RunError, OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(largest, indent=1).encode())
+
+
+def _stat(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return str(file), stat.st_size, stat.st_mtime_ns
 
 
 @cache

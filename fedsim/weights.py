@@ -6,8 +6,10 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,9 +59,10 @@ class Weights:
     def digest(self) -> str:
         """sha256 over the weight files and the model's configuration."""
         files = [f for f in sorted(self.path.resolve().iterdir())
-                 if f.suffix in (".safetensors", ".bin") or f.name == "config.json"]  # fmt: skip
+                 if f.suffix in (".safetensors", ".bin")
+                 or f.name in ("config.json", "model.safetensors.index.json")]  # fmt: skip
         stats = [f.stat() for f in files]
-        return _digest(tuple((f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)))
+        return _digest(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)))
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -93,12 +96,20 @@ class Weights:
 
 
 @cache
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files of these sizes and times, read once in a process."""
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of files of these sizes and times; kept in the cache, as it takes a second a GB."""
+    kept = cache_root() / "digests" / hashlib.sha256(repr(files).encode()).hexdigest()[:32]
+    if kept.is_file():
+        return kept.read_text()
     h = hashlib.sha256()
-    for file, *_ in files:
+    for file in (Path(name) for name, *_ in files):
         with file.open("rb") as stream:
             h.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    with suppress(OSError):  # a cache that cannot be written is read anew
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}.{os.getpid()}")
+        partial.write_text(h.hexdigest())
+        partial.replace(kept)
     return h.hexdigest()
 
 

@@ -11,6 +11,7 @@ import os
 
 # Triton reads this when it is first imported, which torch does: its kernels run on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as fedsim sets it, where torch comes later
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,6 @@ from transformers import (
     Qwen3Config,
 )
 
-import fedsim  # noqa: F401  before torch: its threads sleep while they wait
 from fedsim.config import Config, build
 from fedsim.data.embedded import finance
 from fedsim_kernels import dispatch, native

@@ -116,10 +116,18 @@ def _cached_one_off(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _cached_window(patch: pytest.MonkeyPatch) -> None:
+    cached = Cache.attend
+    patch.setattr(
+        Cache, "attend", lambda *a, window, **k: cached(*a, window=window and window + 1, **k)
+    )
+
+
 # What is planted, and the tiny architecture that shows it
 FAULTS: dict[str, tuple[Plant, str]] = {
     "a window that is one longer": (
         attending(lambda k: {"window": k["window"] + 1} if k["window"] else {}), "mistral"),
+    "a window of the cache that is one longer": (_cached_window, "mistral"),
     "no soft-cap": (attending(lambda k: {"softcap": None}), "gemma2"),
     "a scale 1 % off": (attending(lambda k: {"scale": 1.01 * k["scale"]}), "llama"),
     "positions that do not restart": (_positions_go_on, "qwen2"),

@@ -6,6 +6,12 @@ that have what each needs; a fault in the base's own dtype alone.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +20,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsim import model, weights
+from fedsim import fused, model, stock_rows, verdicts, weights
 from fedsim.attention import packed_attention
 from fedsim.config import Config
 from fedsim.errors import ModelError
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, require
 from tests.faults import FAULTS
 from tests.lab import open_base
 from tests.real import REAL, real
@@ -69,6 +75,78 @@ def test_tiny_models(
     open_base(config)
 
 
+PLANT = """
+import sys
+from pathlib import Path
+import pytest, torch
+from fedsim import attention, model
+from fedsim.config import build
+from fedsim.errors import ModelError
+from fedsim.weights import Weights
+from tests.faults import FAULTS
+dtype, biased, *folders = sys.argv[1:]
+torch.distributed.init_process_group("gloo")
+def opened(folder):
+    config = build({"model": {"name": folder, "dtype": dtype, "sharding": "zero3"}}, "test")
+    cpu = torch.device("cpu")
+    return model.load(Weights(Path(folder), "t", "t"), config, cpu, ("all-linear",), shard=True)
+where = dict(zip(("biased", *(a for _, a in FAULTS.values() if a != "biased")), (biased, *folders)))
+for fault, (plant, architecture) in FAULTS.items():
+    assert opened(where[architecture]).shards is not None
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        try:
+            opened(where[architecture])
+        except ModelError as refused:
+            assert "other logits when packed" in str(refused), refused
+            print("refused:", fault)
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sharded_bases(
+    tiny: Callable[[str], Path], biased: Path, dtype: str, tmp_path: Path
+) -> None:
+    """All ten faults, each accepted without, over DeepSpeed's shards in a process of its own."""
+    there = importlib.util.find_spec("deepspeed") is not None
+    require("deepspeed", there, "DeepSpeed is not installed: pip install fedsim-llm[deepspeed]")
+    folders = [str(tiny(a)) for _, a in FAULTS.values() if a != "biased"]
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+           "PYTHONPATH": str(Path(__file__).parents[1]), "FEDSIM_CACHE": str(tmp_path)}  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", PLANT, dtype, str(biased), *folders], capture_output=True, text=True,
+        check=False, env=os.environ | one,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    said = [s.removeprefix("refused: ") for s in ran.stdout.splitlines() if s.startswith("refused")]
+    assert said == list(FAULTS)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_verdict_is_kept_for_what_it_is_of(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a large base: the second load does not check; another dtype, other sources and other
+    weights do."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "LEAST", 0)
+    config = settings()
+    other = tmp_path / "model"
+    shutil.copytree(config.model.name, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert open_base(config).differences
+    assert not open_base(config).differences
+    assert open_base(settings(model__dtype="bfloat16")).differences
+    assert open_base(config, other).differences
+    monkeypatch.setattr(verdicts, "_sources", lambda: "others")
+    assert open_base(config).differences
+
+
 def opened(name: str, settings: Callable[..., Config], dtype: str) -> Any:
     found = real(name)
     config = settings(model__name=str(found.path), model__dtype=dtype, adapter__rank=16)
@@ -86,7 +164,8 @@ def opened(name: str, settings: Callable[..., Config], dtype: str) -> Any:
             "a place in the cache that is one off")),
         *((name, "another key head") for name in REAL if name != "gemma"),
         *((name, "the last residual lost") for name in REAL if name != "gemma"),
-        ("gemma", "a window that is one longer"), ("gemma", "an offset of norms lost"),
+        ("gemma", "a window that is one longer"),
+        ("gemma", "a window of the cache that is one longer"), ("gemma", "an offset of norms lost"),
     ],
 )  # fmt: skip
 def test_real_models(
@@ -94,9 +173,7 @@ def test_real_models(
     fault: str,
 ) -> None:  # fmt: skip
     """That they are accepted without a fault, tests/test_real_models.py shows by training them."""
-    found = real(name)
     FAULTS[fault][0](monkeypatch)
-    assert found
     with pytest.raises(ModelError, match="other logits when packed"):
         opened(name, settings, dtype)
 
@@ -117,6 +194,40 @@ def test_a_fault_of_bf16_alone(
     open_base(settings())
     with pytest.raises(ModelError, match="in bfloat16"):
         open_base(settings(model__dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_that_are_right_but_unlike_others(
+    settings: Callable[..., Config], tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that adds nothing yet, as models that were made deeper have; and a fault in one
+    layer, where few are compared in fp32: the others are compared in the base's dtype."""
+    hf = LlamaConfig.from_pretrained(settings().model.name, num_hidden_layers=6)
+    torch.manual_seed(1)
+    found = LlamaForCausalLM(hf)
+    for p in found.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for linear in (found.model.layers[2].self_attn.o_proj, found.model.layers[2].mlp.down_proj):
+        linear.weight.data.zero_()
+    found.save_pretrained(tmp_path)
+    config = settings(model__name=str(tmp_path), model__dtype=dtype)
+    open_base(config)
+    monkeypatch.setattr(stock_rows, "WEIGHTS", 0)
+    assert "layer 3, " + dtype in open_base(config).differences
+    build = fused._fused_norm
+    made: list[int] = []
+
+    def wrong(norm: torch.nn.Module) -> Any:
+        out = build(norm)
+        made.append(0)
+        if len(made) == 7:  # of the fourth layer
+            assert out is not None
+            out.weight.data *= 1.5
+        return out
+
+    monkeypatch.setattr(fused, "_fused_norm", wrong)
+    with pytest.raises(ModelError, match=r"other logits when packed than .* layer 3"):
+        open_base(config)
 
 
 def test_of_many_layers_some_of_each_kind_are_checked(

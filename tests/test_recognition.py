@@ -72,11 +72,12 @@ def test_norms(weight: float, dtype: torch.dtype) -> None:
 def test_near_misses_of_norms_are_far_from_the_limit(
     monkeypatch: pytest.MonkeyPatch, eps: float
 ) -> None:
-    """Every element differs by at least 100 times what is allowed."""
+    """Every element differs by at least 100 times what is allowed, where eps shows: in half of the
+    rows."""
     nearest: list[float] = []
 
     def agree(got: Tensor, want: Tensor) -> bool:
-        nearest.append(float(((got - want).abs() / want.abs()).min()))
+        nearest.append(float(((got - want).abs() / want.abs())[:4].min()))
         return False
 
     monkeypatch.setattr(recognition, "agree", agree)
@@ -110,7 +111,7 @@ def test_gates(dtype: torch.dtype) -> None:
     others: list[nn.Module] = [
         Gated(F.silu, swapped=True), Gated(F.gelu), Gated(partial(F.gelu, approximate="tanh")),
         Gated(lambda x: x * torch.sigmoid(1.702 * x)), Gated(F.relu),
-        Gated(lambda x: F.silu(1.001 * x)),
+        Gated(lambda x: F.silu(1.001 * x)), Gated(lambda x: F.silu(x.clamp(max=10))),
     ]  # fmt: skip
     assert not any(recognition.is_swiglu(one.to(dtype), joined=False) for one in others)
 
