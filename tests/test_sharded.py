@@ -63,8 +63,7 @@ def test_the_same_bits_as_over_a_whole_base(
 
 
 def test_norms_of_a_last_layer_that_stays_whole(tiny: Any, tmp_path: Path) -> None:
-    """DoRA needs ||W|| of every weight, which all gather when they load; the check of a shortened
-    last layer would have done so, but Gemma 2's is not shortened."""
+    """DoRA needs ||W|| of every weight, which all gather when they load."""
     base = {"model__name": str(tiny("gemma2")), "adapter__dora": True, "server__rounds": 1}
     alone = configuration(tiny, tmp_path / "1", "scaffold", **base)
     assert run(sharded(tiny, tmp_path / "2", **base), 2) == run(alone, 1)
