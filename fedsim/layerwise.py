@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ModelError
-from fedsim.lora import SiteMember
+from fedsim.lora import Site, SiteMember
 from fedsim.room import HeldLinear, Room
 
 _PLACES = ("layer_idx", "layer_number", "training")
@@ -61,6 +61,11 @@ def _kind(layer: nn.Module) -> str:
     return str([(n, type(m).__name__, settings(m)) for n, m in layer.named_modules()])
 
 
+def sites_of(layer: nn.Module) -> set[Site]:
+    """Sites of a layer's linears."""
+    return {m.__dict__["site"] for m in layer.modules() if isinstance(m, SiteMember)}
+
+
 def input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     """(T, D) that a layer is called with."""
     found: Tensor = named["hidden_states"] if "hidden_states" in named else arguments[0]
@@ -70,6 +75,13 @@ def input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 def rows_of(output: Any) -> Tensor:
     """(T, D) that a layer gives."""
     found: Tensor = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+    return found
+
+
+def relative(rows: Tensor, exact: Tensor) -> Tensor:
+    """||row - exact|| / ||exact|| of rows (T, D), (T,) fp32."""
+    size = exact.float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    found: Tensor = (rows.float() - exact.float()).norm(dim=1) / size
     return found
 
 

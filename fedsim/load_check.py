@@ -13,7 +13,7 @@ e = ||o~ - o|| / ||o||, in fp32 at least the median of the rows'. Ours, y, passe
 The limit is thus stock's own rounding, measured there: fp32 rounds 2^16 times finer than bf16, and
 2^7 are left for another order of sums. Of larger bases some layers are compared so, and the others
 in the base's dtype with stock's. SmolLM2, Qwen2.5-Coder-0.5B and Gemma-3-270M reach at most
-0.19 of it in fp32 and 0.58 in bf16; the ten faults that `tests/test_load_check.py` plants exceed it
+0.19 of it in fp32 and 0.58 in bf16; the faults that `tests/test_load_check.py` plants exceed it
 by factors from 31 on.
 
 `relative` and `excess` judge rows of any kind: to check backward kernels, give them gradients, the
@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.batch import Packer, on_device
 from fedsim.cache import Cache
 from fedsim.errors import ModelError
-from fedsim.layerwise import Call, around_in_fp32, in_fp32, stubs
-from fedsim.lora import Pass, Site, SiteMember
+from fedsim.layerwise import Call, around_in_fp32, in_fp32, relative, sites_of, stubs
+from fedsim.lora import Pass
 from fedsim.memory import out_of_memory
 from fedsim.prefix import common_prefix
 from fedsim.stock_rows import Sheet, StockRows
@@ -257,13 +257,6 @@ class Actual:
             )
 
 
-def relative(rows: Tensor, exact: Tensor) -> Tensor:
-    """||row - exact|| / ||exact|| of rows (T, D), (T,) fp32."""
-    size = exact.float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    found: Tensor = (rows.float() - exact.float()).norm(dim=1) / size
-    return found
-
-
 def excess(error: Tensor, own: Tensor) -> Tensor:
     """Errors in fp32 over their limits, (T,), from both relative ones: at most 1 is right."""
     return error / (own.clamp(min=float(own.median())) * FINER + FLOOR)
@@ -287,11 +280,6 @@ def refusing(model: Any) -> Iterator[None]:
         ) from failure
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def sites_of(layer: nn.Module) -> set[Site]:
-    """Sites of a layer's linears."""
-    return {m.__dict__["site"] for m in layer.modules() if isinstance(m, SiteMember)}
 
 
 def verify(base: Base, expected: StockRows) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The load check accepts what is right and refuses what is wrong, in fp32 and in bf16.
 
-Ten planted faults, on tiny models over dense, quantised and sharded bases, and on the real models
+Planted faults, on tiny models over dense, quantised and sharded bases, and on the real models
 that have what each needs; a fault in the base's own dtype alone.
 """
 
@@ -107,7 +107,7 @@ for fault, (plant, architecture) in FAULTS.items():
 def test_sharded_bases(
     tiny: Callable[[str], Path], biased: Path, dtype: str, tmp_path: Path
 ) -> None:
-    """All ten faults, each accepted without, over DeepSpeed's shards in a process of its own."""
+    """All faults, each accepted without, over DeepSpeed's shards in a process of its own."""
     there = importlib.util.find_spec("deepspeed") is not None
     require("deepspeed", there, "DeepSpeed is not installed: pip install fedsim-llm[deepspeed]")
     folders = [str(tiny(a)) for _, a in FAULTS.values() if a != "biased"]
