@@ -248,7 +248,8 @@ class Actual:
             self._limit(where, error / (COARSER * own + FLOOR), self.base.precision)
 
     def _limit(self, where: str, over: Tensor, dtype: str) -> None:
-        self.largest[f"{where}, {dtype}"] = worst = float(over)
+        name, worst = f"{where}, {dtype}", float(over)
+        self.largest[name] = max(worst, self.largest.get(name, 0.0))
         if not worst <= 1:
             raise ModelError(
                 f"{type(self.base.model).__name__} gives other logits when packed than stock "
