@@ -8,6 +8,7 @@ code 1, never a traceback; Ctrl-C ends with 130 and the way to go on. About 15 s
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -103,6 +104,25 @@ def test_doctor(fedsim: Command) -> None:
                  "smollm2-135m-instruct"):  # fmt: skip
         assert name in result.out
     assert record.implementation(torch.device("cpu")) in result.out
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "policy", "said"),
+    [(None, "", "passive", "sleep"), ("active", "", "active", "spin (OMP_WAIT_POLICY=active)"),
+     (None, "import torch; ", "None", "spin (torch was loaded before fedsim)")],
+)  # fmt: skip
+def test_threads_sleep_while_they_wait(
+    given: str | None, first: str, policy: str, said: str
+) -> None:
+    """OpenMP is told before torch is loaded, unless the user has said otherwise; doctor knows."""
+    code = f"import os; {first}import fedsim; told = os.environ.get('OMP_WAIT_POLICY'); " \
+           "from fedsim import doctor; print(told, dict(doctor.findings())['threads that wait'])"  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert ran.stdout.startswith(f"{policy} {said}")
 
 
 def test_no_command_is_help(fedsim: Command) -> None:
