@@ -115,8 +115,10 @@ def test_threads_sleep_while_they_wait(
     given: str | None, first: str, policy: str, said: str
 ) -> None:
     """OpenMP is told before torch is loaded, unless the user has said otherwise; doctor knows."""
-    code = f"import os; {first}import fedsim; told = os.environ.get('OMP_WAIT_POLICY'); " \
-           "from fedsim import doctor; print(told, dict(doctor.findings())['threads that wait'])"  # fmt: skip
+    code = (
+        f"import os; {first}import fedsim; told = os.environ.get('OMP_WAIT_POLICY');"
+        "from fedsim import doctor; print(told, dict(doctor.findings())['threads that wait'])"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     ran = subprocess.run(
