@@ -8,12 +8,7 @@ cores, most of it stock's.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedsim import cost, model, peft_io, weights
+from fedsim import model, peft_io, weights
 from fedsim.adapters import initial_row
 from fedsim.config import build
 from fedsim.data.embedded import finance
@@ -35,7 +30,7 @@ from fedsim.evaluate.stock import Stock as StockBackend
 from tests.lab import CLIENTS, EXAMPLES, GRADIENT, KEY, Lab, logits
 from tests.real import REAL, real
 from tests.stock import Stock
-from tests.test_memory import PEAK
+from tests.test_memory import the_plan_says_the_peak
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -165,15 +160,4 @@ def test_the_plan_says_the_peak(name: str, dtype: str, tmp_path: Path) -> None:
         "clients": {"number": 4}, "server": {"rounds": 1, "fraction": 1.0},
         "evaluate": {"limit": 0}, "train": {"steps": 1, "batch": 8, "slots": 4},
     }  # fmt: skip
-    planned = cost.estimate(build(values, "test")).memory
-    sets = [f"{s}.{k}={json.dumps(v)}" for s, leaves in values.items() for k, v in leaves.items()]
-    ran = subprocess.run(
-        [sys.executable, "-c", PEAK, "run", *chain(*(("--set", each) for each in sets))],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    peak = int(ran.stdout.rpartition("peak ")[2]) << 10
-    want = planned.total - planned.rows * planned.kept.heap
-    print(f"{want >> 20} MiB planned, {peak >> 20} measured")
-    assert planned.rows > 1024 and abs(want / peak - 1) < 0.1, (planned, peak >> 20)
+    the_plan_says_the_peak(values)
