@@ -35,7 +35,7 @@ def findings() -> list[tuple[str, str]]:
 
 
 def _waiting() -> str:
-    """What OpenMP's threads do between operations, as it was told when torch was loaded."""
+    """Behaviour of OpenMP's threads between operations, as it was told when torch was loaded."""
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
     if policy == "passive":
         return "sleep (OMP_WAIT_POLICY=passive): a busy neighbour costs a share"

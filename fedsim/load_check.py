@@ -70,7 +70,7 @@ class Packed:
 
 
 class Actual:
-    """What a base computes of the same sequences, for two clients whose adapters change nothing."""
+    """Packed passes of a base over the same sequences, for two clients with adapters of zeros."""
 
     def __init__(self, base: Base, expected: StockRows) -> None:
         self.base, self.expected, self.device = base, expected, base.device
@@ -153,7 +153,7 @@ class Actual:
 
     @torch.no_grad()
     def compare(self, *, wide: bool) -> None:
-        """Every layer, then the logits. Raises ModelError at the first that differs."""
+        """Compare every layer, then the logits. Raises ModelError at the first that differs."""
         layers = self.expected.layers
         for sheet in self.expected.sheets:
             passes = [self._together(sheet), *self._written(sheet)]
@@ -212,7 +212,7 @@ class Actual:
         self._judge("logits", "", z, exact, rounded, wide)
 
     def _compare_passed(self) -> None:
-        """All other layers, in the base's dtype, of all sequences as one: stock rounds as well."""
+        """Compare all other layers, in the base's dtype, over all sequences as one."""
         layers, ids = self.expected.layers, on_device(self.expected.whole, self.device)
         one = Packed(
             "", ids, torch.arange(len(ids), device=self.device),

@@ -50,7 +50,7 @@ def sequences(tokenizer: Any | None, vocabulary: int) -> tuple[np.ndarray, ...]:
 
 @dataclass
 class Sheet:
-    """Sequences, end to end in T rows, and what stock transformers computes of them.
+    """Sequences, end to end in T rows, with the rows of stock transformers' layers.
 
     Attributes:
         inputs, exact, rounded: (T, D) of each layer that is checked.
@@ -71,7 +71,7 @@ class Sheet:
 
 
 class StockRows:
-    """What stock transformers computes, noted while the model is still its own.
+    """Rows of stock transformers, noted while the model is still its own.
 
     Attributes:
         whole: all sequences as one.
@@ -137,7 +137,7 @@ class StockRows:
                         {i: short.inputs[i][at] for i in of.values()})  # fmt: skip
 
     def _calls(self, ids: np.ndarray, *, wide: bool) -> list[Call]:
-        """Of the layers, for one sequence."""
+        """Calls of the layers for one sequence."""
         with stubs(self.layers, outputs=self.outputs) as calls, ExitStack() as block:
             if wide:
                 block.enter_context(around_in_fp32(self.model, self.layers))
@@ -176,7 +176,7 @@ class StockRows:
         )
 
     def _logits(self, ids: np.ndarray, last: Tensor) -> Tensor:
-        """Of some columns, from the last layer's rows, in their dtype."""
+        """Logits of some columns, from the last layer's rows, in their dtype."""
         bias = self.head.bias is not None
         few = nn.Linear(last.shape[1], len(self.columns), bias=bias, device=self.device)
         few = few.to(last.dtype).requires_grad_(False)
