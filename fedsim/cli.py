@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 from fedsim import config as configuration
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FedSimError
+from fedsim.study import configure
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -40,52 +42,7 @@ Set = Annotated[
 ]
 
 
-def configure(
-    source: Path | None, preset: str | None, domain: str | None, data_dir: Path | None,
-    assignments: list[str],
-) -> tuple[Config, tuple[str, ...]]:  # fmt: skip
-    """The configuration of a command line, and the files of an app that are not executed."""
-    from fedsim import domains, flowertune
-
-    values: dict[str, Any] = configuration.preset(preset) if preset else {}
-    ignored: tuple[str, ...] = ()
-    origin = preset or "defaults"
-    if source is not None:
-        origin, source = str(source), source.resolve()
-        if not source.exists():
-            raise ConfigError("configuration", got=origin, expected="an existing file or folder")
-        if source.is_file():
-            read = configuration.read_toml(source)
-        elif (source / "config.toml").is_file():
-            read = configuration.read_toml(source / "config.toml")
-            read = configuration.merge(
-                read, {"run": {"out": str(source.parent), "name": source.name}}
-            )
-        elif flowertune.is_app(source):
-            chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
-            imported = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
-            read, ignored = imported.values, imported.ignored
-        else:
-            raise ConfigError(
-                "configuration", got=origin,
-                expected="a TOML file, a FlowerTune app's folder or a run's folder",
-            )  # fmt: skip
-        values = configuration.merge(values, read)
-    if domain is not None:
-        values = configuration.merge(values, {"data": {"domain": domain}})
-    if data_dir is not None:
-        place = {"source": "directory", "dir": str(data_dir)}
-        values = configuration.merge(values, {"data": place})
-    values = configuration.override(values, assignments)
-    name = configuration.build(values, origin).data.domain
-    defaults = {
-        "run": {"name": name.rpartition(".")[2]},
-        "clients": {"number": domains.load(name).clients},
-    }
-    return configuration.build(configuration.merge(defaults, values), origin), ignored
-
-
-def finished(folder: Path, config: Config) -> None:
+def finished(folder: Path) -> None:
     """Write a run's report, and say what has changed and where everything lies."""
     from fedsim import display, report
     from fedsim.evaluate import explain
@@ -95,8 +52,8 @@ def finished(folder: Path, config: Config) -> None:
     if changes:
         out.print(display.table(changes))
         out.print(f"[dim]{explain(c.metric for c in changes)}[/dim]")
-        if config.data.source == "embedded":
-            out.print("[dim]embedded data: not a leaderboard score[/dim]")
+        for note in report.notes(folder):
+            out.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     out.print(display.places(folder))
 
 
@@ -160,7 +117,7 @@ def run(
     except KeyboardInterrupt:
         err.print("stopped; go on with --resume")
         raise typer.Exit(130) from None
-    finished(folder, config)
+    finished(folder)
 
 
 @app.command("eval")
@@ -173,6 +130,9 @@ def eval_(
     tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
     protocol: Annotated[str | None, typer.Option(help="fedsim or flowertune.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that the adapters belong to, where it has moved.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="engine, transformers or vllm.")] = "engine",
     vllm_python: Annotated[
         Path, typer.Option(help="Interpreter of vLLM's environment, see `make install-vllm`.")
@@ -184,10 +144,14 @@ def eval_(
     """Evaluate many adapters over one base at once; keep every example."""
     _quiet()
     from fedsim import display
-    from fedsim.evaluate import comparison, explain
+    from fedsim.evaluate import comparable, comparison, explain
     from fedsim.evaluate.targets import resolve
 
-    found = resolve(targets)
+    named = [a.partition("=")[2].strip() for a in assignments or [] if a.startswith("model.name=")]
+    if base is not None and named and named[-1] != base:
+        raise ConfigError("--set model.name", got=named[-1], expected=f"{base}, as --base says")
+    base = named[-1] if named else base
+    found = resolve(targets, base)
     given = {
         "data": {"domain": domain, "dir": None if data_dir is None else str(data_dir),
                  "source": None if data_dir is None else "directory"},
@@ -195,16 +159,16 @@ def eval_(
         "run": {"protocol": protocol},
     }  # fmt: skip
     config = comparison.configure(found, given, assignments or [])
-    if to is None:
-        run_folder = next((Path(n) for n in targets if (Path(n) / "adapters").is_dir()), None)
-        to = run_folder / "evaluation" if run_folder else Path("evaluations") / config.data.domain
-    asked = comparison.Comparison(config, found, backend, vllm_python.absolute())
-    scores = asked.run(to, fresh=fresh)
+    asked = comparison.Comparison(
+        config, found, backend, vllm_python.absolute(), based=base is not None
+    )
+    to, scores = asked.run(to, fresh=fresh)
     out.print(display.scores(scores))
     out.print(f"[dim]{explain(s.metric for s in scores)}[/dim]")
     out.print(f"[dim]{display.trivial(to)}[/dim]")
-    if note := comparison.comparable(config, scores):
-        out.print(f"[yellow]{escape(note)}[/yellow]")
+    for note in (comparable(s.record() for s in scores), *asked.notes):
+        if note:
+            out.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     out.print(f"[dim]scores and every answer[/dim]  {escape(str(to))}", soft_wrap=True)
 
 
@@ -280,18 +244,24 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "DeepSpeed", "datasets", "huggingface_hub", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
-    """Entry point: a FedSimError is one paragraph on stderr and exit code 1."""
+    """Entry point: every failure is one paragraph on stderr and exit code 1."""
     try:
         app()
-    except FedSimError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    except Exception as failure:
+        from fedsim import unforeseen
+
+        said = failure if isinstance(failure, FedSimError) else unforeseen.told(failure)
+        err.print(f"[bold red]error:[/bold red] {escape(str(said))}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.errors import ConfigError
 from fedsim.layout import KINDS, AdapterLayout, Piece, SiteViews
 
 if TYPE_CHECKING:
@@ -204,6 +205,9 @@ class Score:
     adapter: str = "global"
     backend: str = "engine"
     whole: bool = True  # every row of the set, not a subset
+    subject: str = ""  # whose: the content of adapter and base, "" within a run
+    asked: str = ""  # of whom what: questions by content, protocol, backend and precision
+    no_op: bool = False  # the adapter changes nothing: B A is zero in every module
 
     def record(self) -> dict[str, Any]:
         """Plain fields, as written to scores.json."""
@@ -249,7 +253,20 @@ class Strategy:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device when there is one, else the CPU."""
+    """`auto` is the first CUDA device when there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        name = "cuda" if there else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ConfigError(
+            "run.device", got=name,
+            expected=f"cuda or cuda:0 to cuda:{there - 1}" if there else
+            "cpu: torch finds no CUDA device",
+            remedy="Set run.device to auto or cpu.",
+        )  # fmt: skip
+    return device

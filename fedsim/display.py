@@ -140,15 +140,16 @@ def table(changes: list[Change]) -> Table:
 
 def scores(found: Sequence[Score]) -> Table:
     """One row a task and metric, one column an adapter, or the other way round, whichever is
-    narrower: percent and half of the 95 % interval."""
+    narrower: percent and its 95 % interval."""
     out = Table(box=box.SIMPLE_HEAD, title="accuracy, %", title_style="bold", title_justify="left")
-    adapters = list(dict.fromkeys(s.adapter for s in found))
-    cells = {(s.adapter, s.task, s.metric): s for s in found}
+    adapters = list(dict.fromkeys(map(_shown, found)))
+    cells = {(_shown(s), s.task, s.metric): s for s in found}
     lines = list(dict.fromkeys((s.task, s.metric, s.n) for s in found))
 
     def cell(adapter: str, task: str, metric: str) -> str:
         s = cells[adapter, task, metric]
-        return f"{100 * s.value:.1f} ±{100 * (interval(s.value, s.stderr)[1] - s.value):.1f}"
+        low, high = interval(s.value, s.n)
+        return f"{100 * s.value:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
     if len(adapters) <= max(4, len(lines)):
         for name in ("task", "metric"):
@@ -164,6 +165,10 @@ def scores(found: Sequence[Score]) -> Table:
         for adapter in adapters:
             out.add_row(adapter, *(cell(adapter, task, metric) for task, metric, _ in lines))
     return out
+
+
+def _shown(score: Score) -> str:
+    return f"{score.adapter} (changes nothing)" if score.no_op else score.adapter
 
 
 def trivial(folder: Path) -> str:

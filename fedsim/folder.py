@@ -1,15 +1,24 @@
-"""A run's folder: opened, appended to, cut back. Only a checkpoint makes its lines count."""
+"""A run's folder: opened, appended to, cut back. Only a checkpoint makes its lines count.
+
+Nothing is written before everything has been checked and loaded. A run that replaces another is
+written beside it and takes its place with its first checkpoint, so that until then the old one is
+whole. One process at a time has a folder (`locked`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import FILE, write_atomic, write_failed
 from fedsim.config import Config, build, read_toml, resolved
@@ -18,13 +27,27 @@ from fedsim.errors import CheckpointError, ConfigError
 # What may differ between a run and its resumption: the place, and how clients are packed.
 _FREE = {"run.out", "run.name", "run.device", "train.slots", "train.budget_tokens", "train.memory",
          "train.recompute"}  # fmt: skip
+# What a run's folder may hold before its first checkpoint: nothing that was finished.
+_UNFINISHED = {"config.toml", "environment.json", "eval", "scores.json", "checkpoint",
+               "clients.jsonl", "rounds.jsonl", "clients"}  # fmt: skip
+
+
+def default_name(config: Config) -> str:
+    """The name of a run that has none: no two studies share it, and the same one has it again."""
+    asked = {f"{s}.{k}": v for s, keys in resolved(config).items() for k, v in keys.items()
+             if f"{s}.{k}" not in _FREE}  # fmt: skip
+    code = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]
+    parts = (config.data.domain, config.server.strategy)
+    told = [re.sub(r"[^\w-]+", "-", part.rpartition(".")[2]).strip("-") for part in parts]
+    return "-".join([*told, str(config.run.seed), code])
 
 
 class RunFolder:
     """One run's folder. Lines are appended; only a checkpoint makes them count."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, final: Path | None = None) -> None:
+        """`final`: the folder whose place it takes with its first checkpoint."""
+        self.path, self._final = path, final
 
     @property
     def checkpoints(self) -> Path:
@@ -34,10 +57,45 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / FILE).is_file()
 
+    def begin(self, config: Config) -> None:
+        """Make the folder of a new run, with its configuration in it."""
+        if self._final is not None:
+            shutil.rmtree(self.path, ignore_errors=True)  # of one that never came to a checkpoint
+        made(self.path)
+        write_atomic(self.path / "config.toml", tomli_w.dumps(resolved(config)).encode())
+
+    def publish(self) -> None:
+        """Take the place of the run that this one replaces; after the first time nothing."""
+        if self._final is None:
+            return
+        path, old = self._final, _beside(self._final, "replaced")
+        try:
+            if path.exists():
+                path.rename(old)  # a kill from here on is mended by `recover`
+            self.path.rename(path)
+        except OSError as failure:
+            raise write_failed(path, failure) from failure
+        self.path, self._final = path, None
+        shutil.rmtree(old, ignore_errors=True)
+
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file."""
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         write_atomic(self.path / name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object. Raises CheckpointError."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object")
+        except (OSError, ValueError, RecursionError) as failure:
+            raise CheckpointError(
+                f"{self.path / name} cannot be read ({failure})",
+                expected="the file of this run",
+                remedy="Put it back, or start again with --fresh.",
+            ) from None
+        return found
 
     def append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file. Raises RunError when they cannot be written."""
@@ -64,6 +122,7 @@ class RunFolder:
 
         Raises:
             CheckpointError: a file is shorter than that, so finished rounds are missing.
+            RunError: a file cannot be written.
         """
         for name, size in sizes.items():
             path = self.path / name
@@ -74,47 +133,122 @@ class RunFolder:
                     remedy="Lines of finished rounds are gone; start again with --fresh.",
                 )  # fmt: skip
         for path in self._logs():
-            with path.open("r+b") as stream:
-                stream.truncate(sizes.get(str(path.relative_to(self.path)), 0))
+            try:
+                with path.open("r+b") as stream:
+                    stream.truncate(sizes.get(str(path.relative_to(self.path)), 0))
+            except OSError as failure:
+                raise write_failed(path, failure) from failure
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a JSONL file."""
+        """The lines of a JSONL file. Raises CheckpointError."""
         path = self.path / name
         if not path.is_file():
             return []
-        # Not splitlines: a question may hold U+2028 or U+0085, which JSON leaves as they are.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        try:
+            # Not splitlines: a question may hold U+2028 or U+0085, which JSON leaves as they are.
+            text = path.read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.split("\n") if line]
+        except (OSError, ValueError) as failure:
+            raise CheckpointError(
+                f"{path} cannot be read ({failure})",
+                expected="JSON lines",
+                remedy="Put it back as it was, or give another folder.",
+            ) from None
+
+
+def made(path: Path) -> Path:
+    """The folder, made if it is not there. Raises RunError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise write_failed(path, failure) from failure
+    return path
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a folder, there or not, for this process.
+
+    The lock lies beside it and stays: to remove it would let two processes lock two files.
+
+    Raises:
+        ConfigError: another process has it.
+        RunError: the place cannot be written.
+    """
+    made(path.parent)
+    lock = FileLock(_beside(path, "lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"{path} is in use by another process",
+            remedy="Wait for it, or give another name with --set run.name=... (of `fedsim eval`: "
+            "--out).",
+        ) from None
+    except (OSError, NotImplementedError) as failure:
+        raise write_failed(path, OSError(str(failure))) from failure
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def recover(path: Path) -> None:
+    """Mend what a kill has left in the moment of `publish`. The folder is locked."""
+    old = _beside(path, "replaced")
+    if old.is_dir():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
 
 
 def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
-    """The run's folder: new, emptied, or the one to go on with. Never overwrites unasked.
+    """The run's folder: a new one, one that will replace what is there, or the one to go on with.
+    Nothing is written or removed yet.
 
     Raises:
-        ConfigError: it exists and neither `resume` nor `fresh` was asked for.
+        ConfigError: it exists and neither `resume` nor `fresh` was asked for, or is no run's.
         CheckpointError: there is nothing to resume, or it has another configuration.
     """
     path = Path(config.run.out) / config.run.name
+    recover(path)
     folder, file = RunFolder(path), path / "config.toml"
-    if resume and not path.is_dir():
-        raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
-    if path.exists() and not resume:
-        if folder.has_checkpoint and not fresh:  # without one, nothing was finished
-            raise ConfigError(
-                f"{path} already exists",
-                remedy="Go on with --resume, replace it with --fresh, or give --set run.name=...",
-            )
-        if any(path.iterdir()) and not file.is_file():
-            raise ConfigError(f"{path} is not a run's folder", remedy="Remove it by hand.")
-        shutil.rmtree(path)
-    if resume and file.is_file():
-        check_same(config, path)
-    else:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise write_failed(path, failure) from failure
-        write_atomic(file, tomli_w.dumps(resolved(config)).encode())
-    return folder
+    if resume:
+        if not path.is_dir():
+            raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
+        if file.is_file():
+            check_same(config, path)
+        elif any(path.iterdir()):
+            raise CheckpointError(
+                f"{path} is not a run's folder", expected="a config.toml in it",
+                remedy="Give another name with --set run.name=...",
+            )  # fmt: skip
+        return folder
+    if not path.exists():
+        return folder
+    there = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
+    run = file.is_file() and (folder.has_checkpoint or not there - _UNFINISHED)
+    if there and (not run or (path / "references.json").is_file()):
+        raise ConfigError(
+            f"{path} is not a run's folder",
+            remedy="Give another name with --set run.name=..., or remove it by hand.",
+        )  # fmt: skip
+    if folder.has_checkpoint and not fresh:  # without one, nothing was finished
+        raise ConfigError(
+            f"{path} already exists",
+            remedy="Go on with --resume, replace it with --fresh, or give --set run.name=...",
+        )
+    return replacing(path)
+
+
+def replacing(path: Path) -> RunFolder:
+    """A folder beside this one that takes its place when it is published."""
+    return RunFolder(_beside(path, "partial"), path)
 
 
 def check_same(config: Config, path: Path) -> None:
@@ -129,3 +263,21 @@ def check_same(config: Config, path: Path) -> None:
                     f"{section}.{name} differs from the run in {path}", got=value,
                     expected=repr(was), remedy="Resume with the run's own configuration.",
                 )  # fmt: skip
+
+
+def check_content(folder: RunFolder, now: Mapping[str, Any]) -> None:
+    """A resumed run must have the rows, questions and weights that it began with, by content.
+
+    Args:
+        now: what `world.describe` says of those that are here.
+
+    Raises:
+        CheckpointError: one is another, or the run did not note what it began with.
+    """
+    before = folder.read_json("environment.json").get("content", {})
+    for what, value in now["content"].items():
+        if (was := before.get(what)) != value:
+            raise CheckpointError(
+                f"{what} is not what the run in {folder.path} began with", got=value[:12],
+                expected=str(was)[:12], remedy="Put it back, or start again with --fresh.",
+            )  # fmt: skip

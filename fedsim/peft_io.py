@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor
 
+from fedsim import adapter_file
+from fedsim.adapter_file import Factors
 from fedsim.checkpoint import write_atomic, write_failed
 from fedsim.config import Adapter
 from fedsim.core import AdapterLayout, Piece
 from fedsim.correction import factors_of
 from fedsim.errors import ModelError
-
-_PREFIX = "base_model.model."
-# A piece's tensor in a file. PEFT's parameter has a `.weight` after the last; its files have not.
-_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "mag": "lora_magnitude_vector"}
+from fedsim.linears import linears
 
 
 def default_targets(model_type: str) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def default_targets(model_type: str) -> tuple[str, ...]:
 
 def export(
     folder: Path, row: Tensor, layout: AdapterLayout, adapter: Adapter, base_model: str,
-    base: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Tensor] | None = None, over: str | None = None,
 ) -> None:  # fmt: skip
     """Write one row as adapter_config.json + adapter_model.safetensors, whole or not at all.
 
@@ -49,6 +49,7 @@ def export(
         base_model: what `peft` should name as the base.
         base: what a rule has added to the frozen weights (`ServerState.base`). It goes into the
             adapter, whose rank at those modules is larger by that of the correction.
+        over: sha256 of the weights that it was trained over, kept in the file's metadata.
     """
     tensors, ranks, alphas = {}, {}, {}
     for piece in layout.pieces:
@@ -74,9 +75,8 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_atomic(
-            partial / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
-        )
+        noted = {"format": "pt", **({adapter_file.OVER: over} if over else {})}
+        write_atomic(partial / adapter_file.WEIGHTS, save(tensors, metadata=noted))
         shutil.rmtree(folder, ignore_errors=True)  # a killed round may have left its own
         partial.replace(folder)
     except OSError as failure:
@@ -86,57 +86,19 @@ def export(
 
 
 def _key(piece: Piece) -> str:
-    return f"{_PREFIX}{piece.module}.{_NAMES[piece.kind]}"
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        return config, load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as failure:
-        raise ModelError(
-            f"{folder} cannot be read ({failure})",
-            expected="adapter_config.json and adapter_model.safetensors",
-        ) from failure
+    return adapter_file.key(piece.module, piece.kind)
 
 
 def load(folder: Path, layout: AdapterLayout, onto: Tensor | None = None) -> Tensor:
-    """Read a PEFT LoRA or DoRA adapter into a row (P,) fp32; a lower rank leaves its tail zero.
+    """Read an adapter into a row (P,) fp32; a lower rank leaves its tail zero.
 
     Args:
-        onto: (P,) what modules have of which the file holds nothing; without it that is an error.
+        onto: (P,) what modules have that the adapter leaves alone; without it, all must have some.
 
     Raises:
-        ModelError: a file or factor is missing, a factor has another shape, or the file holds
-            tensors that have no place in the layout.
+        ModelError: it is not computed (`adapter_file`), or does not fit the layout.
     """
-    config, tensors = _read(folder)
-    row = torch.zeros(1, layout.size) if onto is None else onto.clone()[None]
-    for module in layout.modules:
-        pieces = [layout.piece(module, kind) for kind in _NAMES if layout.has(module, kind)]
-        given = [tensors.pop(_key(piece)) for piece in pieces if _key(piece) in tensors]
-        if onto is not None and not given:
-            continue
-        got = [tuple(t.shape) for t in given]
-        r = min(layout.rank, got[0][0]) if got and got[0] else 0
-        a, b, *lengths = (layout.view(row, piece)[0] for piece in pieces)
-        views = [a[:r], b[:, :r], *(m[0] for m in lengths)]
-        if r == 0 or got != [tuple(v.shape) for v in views]:
-            whole = [p.shape[p.kind == "mag" :] for p in pieces]
-            raise ModelError(
-                f"{folder}: {' and '.join([_key(pieces[0]), *(p.kind for p in pieces[1:])])}",
-                got=got, expected=f"{' and '.join(map(str, whole))}, or a lower rank",
-                remedy=f"The adapter has r = {config.get('r')}, other targets or another base.",
-            )  # fmt: skip
-        for view, values in zip(views, given, strict=True):
-            view.copy_(values)
-    if tensors:
-        raise ModelError(
-            f"{folder}: tensors such as {min(tensors)}", got=len(tensors),
-            expected="none but those of adapter.targets, with magnitudes only under adapter.dora",
-            remedy="Set adapter.targets and adapter.dora as they were when it was made.",
-        )  # fmt: skip
-    return row[0]
+    return _row(folder, layout, onto, _factors(folder, layout))
 
 
 def load_scaled(folder: Path, layout: AdapterLayout, onto: Tensor) -> tuple[Tensor, float]:
@@ -144,28 +106,74 @@ def load_scaled(folder: Path, layout: AdapterLayout, onto: Tensor) -> tuple[Tens
 
     A module whose rank or alpha is of a pattern has its own scale: it goes into that module's B.
     """
-    from peft.utils.other import get_pattern_key
-
-    row = load(folder, layout, onto)
-    config = json.loads((folder / "adapter_config.json").read_text())
-
-    def scale(module: str) -> float:
-        r, alpha = (
-            config.get(pattern, {}).get(get_pattern_key(config.get(pattern, {}), module), value)
-            for pattern, value in (("rank_pattern", config["r"]),
-                                   ("alpha_pattern", config["lora_alpha"]))
-        )  # fmt: skip
-        return float(alpha / (r**0.5 if config.get("use_rslora") else r))
-
-    usual = scale("")
-    for module in layout.modules:
-        if (own := scale(module)) != usual:
-            layout.view(row[None], layout.piece(module, "B")).mul_(own / usual)
+    found = _factors(folder, layout)
+    row = _row(folder, layout, onto, found)
+    usual = next(iter(found.values())).scale
+    for module, own in found.items():
+        if own.scale != usual:
+            layout.view(row[None], layout.piece(module, "B")).mul_(own.scale / usual)
     return row, usual
 
 
+def _factors(folder: Path, layout: AdapterLayout) -> dict[str, Factors]:
+    shapes = {m: (layout.piece(m, "A").shape[1], layout.piece(m, "B").shape[0])
+              for m in layout.modules}  # fmt: skip
+    return adapter_file.factors(folder, shapes)
+
+
+def _row(
+    folder: Path, layout: AdapterLayout, onto: Tensor | None, found: Mapping[str, Factors]
+) -> Tensor:
+    row = torch.zeros(1, layout.size) if onto is None else onto.clone()[None]
+    if onto is None and (bare := [m for m in layout.modules if m not in found]):
+        raise ModelError(
+            f"{folder}: factors of {bare[0]}", got=None, expected="some for every module",
+            remedy="Set adapter.targets as it was when the adapter was made.",
+        )  # fmt: skip
+    for module, own in found.items():
+        r, dora = len(own.a), layout.has(module, "mag")
+        if r > layout.rank or dora != (own.mag is not None):
+            raise ModelError(
+                f"{folder}: {module}", got=f"rank {r}, {'LoRA' if own.mag is None else 'DoRA'}",
+                expected=f"rank {layout.rank} or lower, {'DoRA' if dora else 'LoRA'}",
+                remedy="Set adapter.rank and adapter.dora as they were when it was made.",
+            )  # fmt: skip
+        layout.view(row, layout.piece(module, "A"))[0, :r].copy_(own.a)
+        layout.view(row, layout.piece(module, "B"))[0, :, :r].copy_(own.b)
+        if own.mag is not None:
+            layout.view(row, layout.piece(module, "mag"))[0, 0].copy_(own.mag)
+    return row[0]
+
+
+def write_plain(folder: Path, found: Mapping[str, Factors]) -> None:
+    """Write factors as an adapter of one rank and scale 1, which every reader takes alike.
+
+    Lower ranks are filled with zeros, and each module's scale goes into its B. Without DoRA.
+    """
+    rank = max(len(own.a) for own in found.values())
+    tensors: dict[str, Tensor] = {}
+    for module, own in found.items():
+        more = rank - len(own.a)
+        a, b = F.pad(own.a, (0, 0, 0, more)), F.pad(own.b * own.scale, (0, more))
+        tensors |= {adapter_file.key(module, "A"): a.contiguous(),
+                    adapter_file.key(module, "B"): b.contiguous()}  # fmt: skip
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+              "target_modules": list(found), "inference_mode": True}  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / adapter_file.CONFIG).write_text(json.dumps(config) + "\n")
+    write_atomic(folder / adapter_file.WEIGHTS, save(tensors, metadata={"format": "pt"}))
+
+
 def attach(model: Any, folder: Path) -> Any:
-    """A stock model under an adapter; its `unload` gives the bare model back."""
+    """A stock model under an adapter; its `unload` gives the bare model back.
+
+    Raises:
+        ModelError: it is not computed (`adapter_file`), or not of this model.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    every = {n: (m.in_features, m.out_features) for n, m in linears(model).items()}
+    adapter_file.factors(folder, every)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft advises was decided there
+        return PeftModel.from_pretrained(model, str(folder)).eval()

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedsim import checkpoint as checkpoints
-from fedsim import compress, evaluate, launch, peft_io, rehearsal, seeds, strategies, workers
+from fedsim import compress, launch, rehearsal, seeds, strategies, workers
 from fedsim.accountant import Ledger
 from fedsim.aggregation_error import Drift
+from fedsim.channel import Wire
 from fedsim.checkpoint import Checkpoint
 from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.dp_sgd import hidden
-from fedsim.folder import RunFolder, open_folder
+from fedsim.folder import RunFolder, check_content, locked, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
 from fedsim.reduce import Reduce
 from fedsim.release import Release
+from fedsim.saving import commit, export, score
 from fedsim.secure import Ring
 from fedsim.train import Trainer
 from fedsim.world import World, describe, load_world
@@ -47,7 +47,15 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
     """The loop, where others may help to train."""
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
-    folder = open_folder(config, resume=resume, fresh=fresh)
+    with locked(Path(config.run.out) / config.run.name):
+        folder = open_folder(config, resume=resume, fresh=fresh)
+        return simulated(config, strategy, wire, folder, meter)
+
+
+def simulated(
+    config: Config, strategy: Strategy, wire: Wire, folder: RunFolder, meter: Meter
+) -> Path:
+    """The loop over a folder that is kept for this process."""
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     base, layout = world.base, world.base.layout
@@ -60,8 +68,8 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
     ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
+    server, scores = begin(config, world, strategy, folder, meter, saved)
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
-    server, scores = begin(config, world, strategy, folder, memory, meter, saved)
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds, due = config.server.rounds, evaluated(config, server.round)
     meter.rounds, meter.device = rounds - server.round, base.device
@@ -100,19 +108,24 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
 
 
 def begin(
-    config: Config, world: World, strategy: Strategy, folder: RunFolder, memory: DiskMemory,
-    meter: Meter, saved: Checkpoint | None,
+    config: Config, world: World, strategy: Strategy, folder: RunFolder, meter: Meter,
+    saved: Checkpoint | None,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     """The server and its scores to go on from: what was saved, or a fresh run's, on disk."""
+    now = describe(config, world)
     if saved:
+        check_content(folder, now)
         server = saved.server.to(world.base.device)
         world.base.correction.apply(server.base)
         return server, saved.scores
-    folder.write_json("environment.json", describe(config, world))
+    folder.begin(config)
+    folder.write_json("environment.json", now)
+    memory = DiskMemory(folder.path / "clients", world.base.layout.size)  # empty yet
     server, scores = world.first(strategy, config.adapter), []
     if config.evaluate.first:
         scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)
     commit(folder, server, scores, memory.index())
+    folder.publish()
     return server, scores
 
 
@@ -166,35 +179,3 @@ def keep(seen: list[ClientUpdates], update: ClientUpdates, hide: bool) -> Client
     empty = update.row.new_empty(0)
     seen.append(ClientUpdates(**{**update.__dict__, "row": empty, "start": empty}))
     return hidden(update) if hide else update
-
-
-def score(
-    folder: RunFolder, subject: evaluate.Subject, tests: evaluate.Suite, meter: Meter
-) -> list[dict[str, Any]]:
-    """Evaluate adapters and append every example's record."""
-    if not len(tests):
-        return []
-    with meter.timed("evaluate"):
-        scores, records = evaluate.evaluate(subject, tests)
-    meter.evaluations += 1
-    for task, lines in records.items():
-        folder.append(f"eval/{task}.jsonl", lines)
-    return [s.record() for s in scores]
-
-
-def export(folder: RunFolder, world: World, config: Config, server: ServerState) -> None:
-    """Write the global adapter in PEFT's format."""
-    path = folder.path / "adapters" / f"round_{server.round:05d}"
-    peft_io.export(
-        path, server.row, world.base.layout, config.adapter, world.found.name, server.base
-    )
-
-
-def commit(
-    folder: RunFolder, server: ServerState, scores: list[dict[str, Any]],
-    clients: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """Make everything up to here count: scores, then the checkpoint."""
-    folder.write_json("scores.json", scores)
-    state = Checkpoint(server, scores, folder.sizes(), clients)
-    checkpoints.save_checkpoint(folder.checkpoints, state)

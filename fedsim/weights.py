@@ -179,7 +179,9 @@ def find(name: str, revision: str | None = None) -> Weights:
         ModelError: it is nowhere; the message says how to get it.
     """
     if Path(name).is_dir():
-        return Weights(Path(name), f"folder {Path(name).name}", name)
+        # Absolute, so that an exported adapter finds its base from any folder.
+        place = Path(name).absolute()
+        return Weights(place, f"folder {place.name}", str(place))
     alias = ALIASES.get(name)
     if alias is None:
         if "/" not in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,6 +149,16 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "name": config.model.name, "origin": world.found.origin,
             "sha256": world.found.digest(), "precision": world.base.precision,
             "quantisation": config.model.quantisation, **world.base.held,
+        },
+        "content": {
+            "model.name: its weights": world.found.digest(),
+            "the training rows": hashlib.sha256(
+                world.data.store.ids.tobytes() + world.data.store.lengths.tobytes()
+            ).hexdigest(),
+            "which client holds which row": hashlib.sha256(
+                world.data.population.offsets.tobytes() + world.data.population.examples.tobytes()
+            ).hexdigest(),
+            **{f"evaluate.tasks: {n}": t.content for n, t in world.tests.tasks.items()},
         },
         "data": {
             "train": world.origin, "examples": len(world.data.store),

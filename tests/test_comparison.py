@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from fedsim import peft_io, seeds, simulate
+from fedsim import peft_io, seeds, simulate, weights
 from fedsim.config import Config
 from fedsim.errors import ConfigError
-from fedsim.evaluate.comparison import Comparison, by_precision, comparable, configure, fit
+from fedsim.evaluate import comparable
+from fedsim.evaluate.comparison import Comparison, by_precision, configure, fit
 from fedsim.evaluate.generation import Adapter
+from fedsim.evaluate.subjects import check
 from fedsim.evaluate.suite import Questions, Suite
 from fedsim.evaluate.targets import Target, resolve
 from fedsim.tasks import Form, Generation, Item
@@ -71,11 +73,14 @@ def test_targets_are_told_apart(run: Path, settings: Callable[..., Config]) -> N
     assert (one.base, one.round, one.config) == (model, 0, None)
     (bare,) = resolve([model])
     assert bare == Target(Adapter("base"), model, 0)
+    assert [t.adapter.name for t in found] == ["base", "run, round 2", "run, round 3"]
 
 
 def test_an_adapter_of_an_aliass_model_finds_the_alias(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 4})
+        json.dumps(
+            {"peft_type": "LORA", "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+        )
     )
     (one,) = resolve([str(tmp_path)])
     assert one.base == "smollm2-135m-instruct"
@@ -97,7 +102,7 @@ def test_targets_that_do_not_go_together(
 def test_a_runs_rounds_score_as_in_the_run(run: Path, tmp_path: Path) -> None:
     targets = resolve([str(run)])
     config = configure(targets, NOTHING, [])
-    scores = Comparison(config, targets).run(tmp_path / "out")
+    _, scores = Comparison(config, targets).run(tmp_path / "out")
     before = {(s["round"], s["metric"]): s["value"]
               for s in json.loads((run / "scores.json").read_text())}  # fmt: skip
     assert {(s.round, s.metric): s.value for s in scores if s.round in (0, 3)} == before
@@ -107,8 +112,6 @@ def test_a_runs_rounds_score_as_in_the_run(run: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "out/eval/newswire.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 12 and (tmp_path / "out/plots/scores.svg").stat().st_size > 1000
     assert json.loads((tmp_path / "out/environment.json").read_text())["backend"] == "engine"
-    with pytest.raises(ConfigError, match=r"is not empty.*--fresh"):
-        Comparison(config, targets).run(tmp_path / "out")
     Comparison(config, targets[:1]).run(tmp_path / "out", fresh=True)
     assert len((tmp_path / "out/eval/newswire.jsonl").read_text().splitlines()) == 12
 
@@ -147,12 +150,12 @@ def test_one_layout_holds_all(settings: Callable[..., Config], tmp_path: Path) -
     made = [adapter(settings(), tmp_path / "a", 4, ["q_proj"]),
             adapter(settings(), tmp_path / "b", 2, ["v_proj"])]  # fmt: skip
     targets = resolve([str(f) for f in made])
-    found = fit(settings(), targets).adapter
+    model = weights.find(settings().model.name)
+    found = fit(settings(), check(model, targets)).adapter
     assert found.rank == 4 and {m.rpartition(".")[2] for m in found.targets} == {"q_proj", "v_proj"}
-    file = tmp_path / "b/adapter_config.json"
-    file.write_text(file.read_text().replace('"use_dora": false', '"use_dora": true'))
+    mixed = [replace(c, dora=dora) for c, dora in zip(check(model, targets), (False, True))]
     with pytest.raises(ConfigError, match="with and without DoRA"):
-        fit(settings(), targets)
+        fit(settings(), mixed)
 
 
 def test_tasks_by_the_base_that_they_want(settings: Callable[..., Config]) -> None:
@@ -169,14 +172,21 @@ def test_tasks_by_the_base_that_they_want(settings: Callable[..., Config]) -> No
     assert found == [("none", ["a", "b"])]
 
 
-def test_what_is_comparable_says_so(settings: Callable[..., Config], run: Path) -> None:
-    hub = settings(run__protocol="flowertune", data__source="hub")
+def test_what_is_comparable_says_so(run: Path) -> None:
     targets = resolve([str(run)])
-    assert comparable(settings(), []) == comparable(hub, []) == ""
-    scores = Comparison(configure(targets, NOTHING, []), targets[:1]).run(run.parent / "some")
-    assert comparable(hub, scores).endswith("a subset of the questions")
-    assert "embedded data" in comparable(settings(run__protocol="flowertune"), [])
-    assert comparable(hub, [replace(s, whole=True) for s in scores]) == ""
+    path, scores = Comparison(configure(targets, NOTHING, []), targets[:1]).run(run.parent / "some")
+    ours = [s.record() for s in scores]
+    theirs = [s | {"protocol": "flowertune"} for s in ours]
+    assert path == run.parent / "some" and comparable([]) == comparable(ours) == ""
+    assert comparable(theirs).endswith(
+        "embedded data instead of the hub's, a subset of the questions"
+    )
+    hub = [s | {"source": "hub:a/b@main", "whole": True} for s in theirs]
+    assert comparable(hub) == ""
+    assert "directory data" in comparable(hub, "directory:finance/x.train")
+    assert comparable([*hub, hub[0] | {"whole": False}]).endswith(
+        "scores: a subset of the questions"
+    )
 
 
 def test_refusals(run: Path, settings: Callable[..., Config]) -> None:

@@ -1,36 +1,43 @@
 """`fedsim eval`: many adapters over one base, one domain, every example kept.
 
-The folder that it writes: `scores.json`, `eval/<task>.jsonl`, `config.toml`, `environment.json`,
-and `plots/scores.svg` where several rounds were evaluated.
+Everything is checked before anything is written (`checked`), and what one task has given is on disk
+before the next is asked (`results.py`).
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from fedsim import domains, model, peft_io, pretrained, record, references, seeds, weights
-from fedsim.checkpoint import write_atomic
-from fedsim.config import Config, build, merge, override, resolved
+from fedsim.config import KEYS, Config, build, merge, override, resolved
 from fedsim.core import Score, pick_device
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, ModelError
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Backend, own_sampling
+from fedsim.evaluate.results import Results
 from fedsim.evaluate.scores import Subject, evaluate
 from fedsim.evaluate.stock import Stock
+from fedsim.evaluate.subjects import Checked, check
 from fedsim.evaluate.suite import Suite, suite
-from fedsim.evaluate.targets import Target, read_adapter
-from fedsim.folder import RunFolder
+from fedsim.evaluate.targets import Target
 from fedsim.plan import pass_budget
-from fedsim.report import score_curve
 
 BACKENDS = ("engine", "transformers", "vllm")
+# What an evaluation hangs on; every other key would have no effect.
+EFFECTIVE = {
+    "run.seed", "run.protocol", "run.device", "model.name", "model.revision", "model.dtype",
+    "model.quantisation", "model.double_quantisation", "data.domain", "data.source", "data.dir",
+    "evaluate.tasks", "evaluate.limit", "train.mode", "train.tile", "train.budget_tokens",
+    "train.memory",
+}  # fmt: skip
+# Of several runs, what must be the same or said: questions and base are those of one of them.
+SHARED = ("data.domain", "data.source", "data.dir", "run.protocol", "model.dtype",
+          "model.quantisation", "model.double_quantisation", "model.revision")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,47 +45,77 @@ class Comparison:
     """What is asked of whom.
 
     Attributes:
-        config: protocol, data, tasks, limit, seed and device; its model and adapter sections
-            describe the base.
+        config: protocol, data, tasks, limit, seed and device; its model section is the base.
         python: interpreter of vLLM's own environment.
+        based: the base was named by the user, who answers for its being the right one.
     """
 
     config: Config
     targets: Sequence[Target]
     backend: str = "engine"
     python: Path | None = None
+    based: bool = False
+    _checked: list[Checked] = field(default_factory=list)
 
-    def run(self, out: Path, *, fresh: bool = False) -> list[Score]:
-        """Evaluate, task group by task group as their bases differ, and write the folder.
+    def run(self, out: Path | None = None, *, fresh: bool = False) -> tuple[Path, list[Score]]:
+        """Evaluate, task group by task group as their bases differ; returns folder and scores.
+
+        Args:
+            out: folder to add to, or by default one of these targets' own (`place`).
+            fresh: replace the evaluation that is there.
 
         Raises:
-            ConfigError: the folder holds something and `fresh` was not asked for.
+            ConfigError: something does not fit, found before anything is written.
         """
-        folder = begin(out, self.config, fresh=fresh)
-        found = weights.find(self.targets[0].base, self.config.model.revision)
+        if self.backend not in BACKENDS:
+            raise ConfigError("--backend", got=self.backend, expected=" or ".join(BACKENDS))
+        pick_device(self.config.run.device)
+        tests = suite(
+            self.config, domains.load(self.config.data.domain), seeds.run_key(self.config.run.seed)
+        )
+        if not len(tests):
+            raise ConfigError(
+                "evaluate.limit", got=0, expected="at least 1", remedy="Leave it out for all."
+            )
+        found = self._base()
         tokenizer = weights.tokenizer(found)
-        key = seeds.run_key(self.config.run.seed)
-        tests = suite(self.config, domains.load(self.config.data.domain), key)
-        folder.write_json("environment.json", surroundings(self.config, found, self.backend))
-        folder.write_json("references.json", references.trivial(tests))
+        checked = check(found, self.targets, based=self.based)
+        self._checked[:] = checked
+        results = Results(out or place(self.targets, checked, self.config), fresh=fresh)
+        environment = surroundings(self.config, found, self.backend) | {
+            "subjects": [c.record() for c in checked]
+        }
         scores: list[Score] = []
-        for config, part in by_precision(self.config, tests):
-            config = fit(config, self.targets)
-            with self._backend(found, tokenizer, config) as (backend, precision):
-                subject = Subject(
-                    backend, tokenizer, [t.adapter for t in self.targets],
-                    [t.round for t in self.targets], precision, own_sampling(found.path),
-                )  # fmt: skip
-                for name, task in part.tasks.items():  # what is done is on disk
-                    some, records = evaluate(subject, replace(part, tasks={name: task}))
-                    scores += some
-                    folder.append(f"eval/{name}.jsonl", records[name])
-                    folder.write_json("scores.json", [s.record() for s in scores])
-        if len({t.round for t in self.targets}) > 1:
-            (out / "plots").mkdir(exist_ok=True)
-            drawn = score_curve([s.record() for s in scores])
-            write_atomic(out / "plots" / "scores.svg", drawn.encode())
-        return scores
+        with results.open(self.config, environment, references.trivial(tests)):
+            for config, part in by_precision(self.config, tests):
+                config = fit(config, checked)
+                with self._backend(found, tokenizer, config) as (backend, precision):
+                    subject = Subject(
+                        backend, tokenizer, [c.adapter for c in checked],
+                        [t.round for t in self.targets], precision, own_sampling(found.path),
+                    )  # fmt: skip
+                    for name, task in part.tasks.items():  # what is done is on disk
+                        some, records = evaluate(subject, replace(part, tasks={name: task}))
+                        scores += some
+                        results.add(some, name, records[name])
+            results.draw(scores)
+        return results.path, scores
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores has to know of the adapters, after `run`."""
+        return [note for c in self._checked for note in c.notes]
+
+    def _base(self) -> weights.Weights:
+        try:
+            return weights.find(self.config.model.name, self.config.model.revision)
+        except ModelError as failure:
+            if self.based or all(t.adapter.folder is None for t in self.targets):
+                raise
+            raise ModelError(
+                f"{failure} The base of the adapter is looked for where it says itself",
+                remedy="Where it lies elsewhere, give --base MODEL.",
+            ) from None
 
     @contextmanager
     def _backend(
@@ -92,13 +129,11 @@ class Comparison:
             yield Engine(base, tokenizer, config.adapter, pass_budget(config, device)), precision
         elif self.backend == "transformers":
             yield Stock(found, tokenizer, config), precision
-        elif self.backend == "vllm":
+        else:
             from fedsim.evaluate.vllm import VLLM
 
             with VLLM(found, tokenizer, config, self.python) as backend:
                 yield backend, precision
-        else:
-            raise ConfigError("--backend", got=self.backend, expected=" or ".join(BACKENDS))
 
 
 def by_precision(config: Config, tests: Suite) -> Iterator[tuple[Config, Suite]]:
@@ -113,62 +148,92 @@ def by_precision(config: Config, tests: Suite) -> Iterator[tuple[Config, Suite]]
             yield config.model_copy(update={"model": base}), replace(tests, tasks=wanted)
 
 
-def fit(config: Config, targets: Sequence[Target]) -> Config:
+def fit(config: Config, checked: Sequence[Checked]) -> Config:
     """The configuration whose layout holds every adapter: the largest rank, all their modules."""
-    settings = [read_adapter(t.adapter.folder) for t in targets if t.adapter.folder]
-    if not settings:
+    some = [c for c in checked if c.modules]
+    if not some:
         return config
-    dora = {bool(s.get("use_dora")) for s in settings}
-    if len(dora) > 1:
+    if len({c.dora for c in some}) > 1:
         raise ConfigError(
             "adapters of one evaluation", got="with and without DoRA", expected="one kind",
             remedy="Evaluate them in two calls.",
         )  # fmt: skip
-    modules = dict.fromkeys(m for s in settings for m in _names(s.get("target_modules")))
-    ranks = [int(r) for s in settings for r in (s["r"], *s.get("rank_pattern", {}).values())]
+    modules = dict.fromkeys(m for c in some for m in c.modules)
     adapter = config.adapter.model_copy(update={
-        "rank": max(ranks), "ranks": (), "dora": dora.pop(),
-        "targets": tuple(modules), "dropout": 0.0,
+        "rank": max(c.rank for c in some), "ranks": (), "dora": some[0].dora,
+        "targets": tuple(modules), "dropout": 0.0, "init": "default",
     })  # fmt: skip
     return config.model_copy(update={"adapter": adapter})
 
 
-def _names(modules: Any) -> list[str]:
-    return [modules] if isinstance(modules, str) else list(modules or ())
+def place(targets: Sequence[Target], checked: Sequence[Checked], config: Config) -> Path:
+    """The folder of these targets' evaluations: in a run's own, or by names and content."""
+    runs = {t.place for t in targets if t.config is not None and t.place is not None}
+    others = [t for t in targets if t.config is None]
+    if len(runs) == 1 and not others:
+        return next(iter(runs)) / "evaluation"
+    content = "".join([config.model.name, *sorted(c.adapter.subject for c in checked)])
+    named = [t.place.name for t in targets if t.place is not None] or [Path(config.model.name).name]
+    code = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return Path("evaluations") / f"{named[0]}-{config.data.domain.rpartition('.')[2]}-{code}"
 
 
 def configure(
     targets: Sequence[Target], given: Mapping[str, Any], assignments: Sequence[str]
 ) -> Config:
-    """The configuration of the targets' run, or the defaults, under what was given.
+    """The configuration of the targets' runs, or the defaults, under what was given.
 
     Raises:
-        ConfigError: neither a run nor `--domain` says which domain.
+        ConfigError: neither a run nor `--domain` says which domain, runs differ in what must be
+            one, or a key would have no effect.
     """
-    run = next((t.config for t in targets if t.config is not None), None)
-    values: dict[str, Any] = resolved(run) if run else {}
-    if run is None and given["data"]["domain"] is None:
+    for text in assignments:
+        key = text.partition("=")[0].strip()
+        if key in KEYS and key not in EFFECTIVE:
+            raise ConfigError(
+                f"--set {key}", expected=f"one of {', '.join(sorted(EFFECTIVE))}",
+                remedy="Other keys change nothing in an evaluation: adapters say what they are.",
+            )  # fmt: skip
+    runs = list({id(t.config): t.config for t in targets if t.config is not None}.values())
+    values: dict[str, Any] = resolved(runs[0]) if runs else {}
+    if not runs and given["data"]["domain"] is None and not _assigned("data.domain", assignments):
         raise ConfigError(
             "--domain", expected=" or ".join(domains.known()),
             remedy="Only a run's folder knows its domain.",
         )  # fmt: skip
     values.setdefault("model", {})["name"] = targets[0].base
+    if not Path(targets[0].base).is_dir():
+        named = {t.revision for t in targets if t.revision}
+        if len(named) > 1:
+            raise ConfigError("revisions of the base that adapters name",
+                              got=", ".join(sorted(named)), expected="one",
+                              remedy="Say with --set model.revision=... which it is.")  # fmt: skip
+        if named:
+            values["model"].setdefault("revision", named.pop())
+    said = {f"{section}.{k}" for section, keys in given.items()
+            for k, v in keys.items() if v is not None}  # fmt: skip
     for section, keys in given.items():
         values = merge(values, {section: {k: v for k, v in keys.items() if v is not None}})
-    return build(override(values, assignments), "fedsim eval")
-
-
-def begin(out: Path, config: Config, *, fresh: bool) -> RunFolder:
-    """An empty folder with the configuration in it."""
-    if (out / "config.toml").is_file() and fresh:
-        shutil.rmtree(out)
-    if out.exists() and any(out.iterdir()):
+    for key in SHARED:
+        section, _, leaf = key.partition(".")
+        if key in said or _assigned(key, assignments):
+            continue
+        if len(found := list(dict.fromkeys(getattr(getattr(r, section), leaf) for r in runs))) > 1:
+            raise ConfigError(
+                f"{key} of these runs", got=", ".join(map(str, found)), expected="one value",
+                remedy=f"Say with --set {key}=... which it is, or evaluate them one by one.",
+            )  # fmt: skip
+    config = build(override(values, assignments), "fedsim eval")
+    if config.model.name != targets[0].base:
         raise ConfigError(
-            f"{out} is not empty", remedy="Give another --out, or replace it with --fresh."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "config.toml", tomli_w.dumps(resolved(config)).encode())
-    return RunFolder(out)
+            "--set model.name", got=config.model.name, expected=targets[0].base,
+            remedy="A model is its own base: name it as the target.",
+        )  # fmt: skip
+    return config
+
+
+def _assigned(key: str, assignments: Sequence[str]) -> bool:
+    return any(a.partition("=")[0].strip() == key for a in assignments)
 
 
 def surroundings(config: Config, found: weights.Weights, backend: str) -> dict[str, Any]:
@@ -177,15 +242,3 @@ def surroundings(config: Config, found: weights.Weights, backend: str) -> dict[s
         "backend": backend,
         "model": {"name": found.name, "origin": found.origin, "sha256": found.digest()},
     }
-
-
-def comparable(config: Config, scores: Sequence[Score]) -> str:
-    """Why these scores are not to be compared with published ones; "" where they are."""
-    if config.run.protocol != "flowertune":
-        return ""
-    reasons = []
-    if config.data.source != "hub":
-        reasons.append(f"{config.data.source} data instead of the hub's")
-    if not all(s.whole for s in scores):
-        reasons.append("a subset of the questions")
-    return f"not comparable with published scores: {', '.join(reasons)}" if reasons else ""

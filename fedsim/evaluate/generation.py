@@ -19,12 +19,16 @@ class Adapter:
         folder: in PEFT's format, or None for the bare base, or where there is only a row.
         row: (P,) fp32 in the engine's layout, or None.
         scale: alpha / rank of the row, or None where it is the run's own; a folder says its own.
+        subject: what its results belong to, by content; "" within the run that trains it.
+        no_op: it is known to change nothing.
     """
 
     name: str
     folder: Path | None = None
     row: Tensor | None = None
     scale: float | None = None
+    subject: str = ""
+    no_op: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,12 +43,18 @@ def evaluate(subject: Subject, tests: Suite) -> tuple[list[Score], Records]:
     scores: list[Score] = []
     records: Records = {}
     for name, task in tests.tasks.items():
-        lines = answer(subject, name, task)
-        records[name] = lines
+        lines = records[name] = answer(subject, name, task)
+        asked = hashlib.sha256("\0".join((
+            task.content, tests.protocol, subject.backend.name, subject.precision
+        )).encode()).hexdigest()[:12]  # fmt: skip
         ranked = ["likelihood"] if task.form.likelihood and subject.backend.ranks else []
         metrics = [*ranked, *task.form.metrics]
-        for adapter, round in zip(subject.adapters, subject.rounds, strict=True):
-            mine = [line for line in lines if line["adapter"] == adapter.name]
+        n = len(task.items)
+        for a, (adapter, round) in enumerate(zip(subject.adapters, subject.rounds, strict=True)):
+            mine = lines[a * n : (a + 1) * n]  # by place: names are for people
+            if adapter.subject:
+                for line in mine:
+                    line |= {"subject": adapter.subject, "asked": asked}
             for metric in metrics:
                 value, stderr = proportion([line[metric] for line in mine])
                 scores.append(Score(
@@ -55,6 +62,7 @@ def evaluate(subject: Subject, tests: Suite) -> tuple[list[Score], Records]:
                     n=len(mine), stderr=stderr, precision=subject.precision,
                     protocol=tests.protocol, source=task.origin, file=f"eval/{name}.jsonl",
                     adapter=adapter.name, backend=subject.backend.name, whole=task.whole,
+                    subject=adapter.subject, asked=asked, no_op=adapter.no_op,
                 ))  # fmt: skip
     return scores, records
 
@@ -89,6 +97,25 @@ def answer(subject: Subject, name: str, task: Questions) -> list[dict[str, Any]]
             }  # fmt: skip
         lines.append(line)
     return lines
+
+
+def comparable(scores: Iterable[Mapping[str, Any]], training: str = "hub:") -> str:
+    """Why these scores are not to be compared with published ones; "" where they are.
+
+    Args:
+        scores: as recorded. training: where the training rows come from, if it was asked here.
+    """
+    found = [s for s in scores if s["protocol"] == "flowertune"]
+    reasons = []
+    for origin in dict.fromkeys([training, *(s["source"] for s in found)]):
+        kind = origin.partition(":")[0]
+        if kind != "hub" and (why := f"{kind} data instead of the hub's") not in reasons:
+            reasons.append(why)
+    if not all(s["whole"] for s in found):
+        reasons.append("a subset of the questions")
+    if not found or not reasons:
+        return ""
+    return f"not comparable with published scores: {', '.join(reasons)}"
 
 
 def most_tokens(form: Form, items: Sequence[Item], tokenizer: Any) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,14 @@ class Questions:
     origin: str
     digest: str
     whole: bool  # every row of the set, not a subset
+
+    @property
+    def content(self) -> str:
+        """sha256 of the questions as they are asked, in their order."""
+        h = hashlib.sha256()
+        for item in self.items:
+            h.update(json.dumps([item.prompt, item.gold, *item.choices]).encode())
+        return h.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedsim import pretrained, seeds
+from fedsim import adapter_file, peft_io, pretrained, seeds
 from fedsim.config import Config
 from fedsim.core import pick_device
 from fedsim.errors import ConfigError, ModelError
@@ -192,7 +192,8 @@ class VLLM:
         """Number and folder of each adapter that is asked for. The bare base is None where nothing
         else is asked for, and else an adapter of zeros, written to `zero`."""
         asked = {r.adapter for r in requests}
-        folders = {i: self._readable(adapters[i]) for i in sorted(asked)}
+        folders = {i: self._readable(adapters[i], zero.with_name(f"adapter-{i}"))
+                   for i in sorted(asked)}  # fmt: skip
         real = next((folder for folder in folders.values() if folder), None)
         out: list[dict[str, Any] | None] = [None] * len(adapters)
         for i, folder in folders.items():
@@ -203,7 +204,8 @@ class VLLM:
                 out[i] = {"id": self._adapters, "folder": str(folder.resolve())}
         return out
 
-    def _readable(self, adapter: Adapter) -> Path | None:
+    def _readable(self, adapter: Adapter, into: Path) -> Path | None:
+        """The folder that vLLM reads, written anew; None of the bare base."""
         if adapter.folder is None:
             if adapter.row is None:
                 return None
@@ -211,21 +213,19 @@ class VLLM:
                 f"adapter {adapter.name!r} with the vllm backend", got="a row",
                 expected="a folder in PEFT's format", remedy="Export it, or use the engine.",
             )  # fmt: skip
-        try:
-            settings = json.loads((adapter.folder / "adapter_config.json").read_text())
-        except (OSError, ValueError) as failure:
-            raise ModelError(f"{adapter.folder}/adapter_config.json cannot be read ({failure})",
-                             expected="an adapter in PEFT's format") from failure  # fmt: skip
-        rank = max([settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()])
-        if settings.get("use_dora") or rank > self.rank:
+        found = adapter_file.factors(
+            adapter.folder, adapter_file.shapes(adapter_file.tensors(adapter.folder))
+        )
+        rank = max(len(f.a) for f in found.values())
+        dora = any(f.mag is not None for f in found.values())
+        if dora or rank > self.rank:
             raise ConfigError(
-                f"{adapter.folder} with the vllm backend",
-                got="DoRA" if settings.get("use_dora") else f"rank {rank}",
+                f"{adapter.folder} with the vllm backend", got="DoRA" if dora else f"rank {rank}",
                 expected=f"LoRA of rank at most {self.rank}",
-                remedy="Use the engine backend." if settings.get("use_dora")
-                else "Raise adapter.rank.",
+                remedy="Use the engine backend." if dora else "Raise adapter.rank.",
             )  # fmt: skip
-        return adapter.folder
+        peft_io.write_plain(into, found)  # vLLM reads no patterns, pickles or modules per layer
+        return into
 
 
 def _plain(

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsim.checkpoint import write_atomic
 from fedsim.config import read_toml
-from fedsim.evaluate import explain, paired_difference
+from fedsim.evaluate import comparable, explain, paired_difference
 from fedsim.folder import RunFolder
 
 
@@ -45,21 +45,26 @@ def changes(folder: Path) -> list[Change]:
         lines = run.read(f"eval/{task}.jsonl")
         rounds = sorted({line["round"] for line in lines})
         for metric in dict.fromkeys(s["metric"] for s in scores if s["task"] == task):
-            before, after = (_hits(lines, round, metric) for round in (rounds[0], rounds[-1]))
-            n, start, change = len(after), None, (math.nan,) * 3
-            if len(rounds) > 1:
-                start, change = sum(before) / n, paired_difference(before, after)
-            out.append(Change(task, metric, n, start, sum(after) / n, *change))
+            first, last = (_hits(lines, round, metric) for round in (rounds[0], rounds[-1]))
+            both = [q for q in last if q in first]  # the same questions, by content
+            before, after = [first[q] for q in both], [last[q] for q in both]
+            start, change = None, (math.nan,) * 3
+            if len(rounds) > 1 and both:
+                start, change = sum(before) / len(both), paired_difference(before, after)
+            else:
+                after = list(last.values())
+            out.append(Change(task, metric, len(after), start, sum(after) / len(after), *change))
     return out
 
 
-def _hits(lines: list[dict[str, Any]], round: int, metric: str) -> list[float]:
-    """Of each example, the share of the round's adapters that are right."""
-    hits: dict[int, list[bool]] = {}
+def _hits(lines: list[dict[str, Any]], round: int, metric: str) -> dict[tuple[Any, ...], float]:
+    """Of each example, by what is asked, the share of the round's adapters that are right."""
+    hits: dict[tuple[Any, ...], list[bool]] = {}
     for line in lines:
         if line["round"] == round:
-            hits.setdefault(line["index"], []).append(line[metric])
-    return [sum(h) / len(h) for _, h in sorted(hits.items())]
+            asked = (line["index"], line["prompt"], line["gold"])
+            hits.setdefault(asked, []).append(line[metric])
+    return {asked: sum(h) / len(h) for asked, h in sorted(hits.items(), key=lambda h: h[0][0])}
 
 
 def curve(x: list[float], series: dict[str, list[float]], label: str) -> str:
@@ -113,6 +118,16 @@ def score_curve(scores: list[dict[str, Any]]) -> str:
     return curve([float(r) for r in rounds], series, "accuracy")
 
 
+def notes(folder: Path) -> list[str]:
+    """What a reader of a run's scores has to know."""
+    scores = json.loads((folder / "scores.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    found = [comparable(scores, environment["data"]["train"])]
+    if any(s["source"].startswith("embedded:") for s in scores):
+        found.append("embedded data: not a leaderboard score")
+    return [note for note in found if note]
+
+
 def write(folder: Path) -> Path:
     """Write plots/*.svg and report.html; returns the page."""
     import jinja2
@@ -132,6 +147,7 @@ def write(folder: Path) -> Path:
         environment=json.loads((folder / "environment.json").read_text()),
         rounds=rounds,
         changes=(found := changes(folder)),
+        notes=notes(folder),
         metrics=explain(c.metric for c in found),
         plots={name: svg[svg.index("<svg") :] for name, svg in drawn.items()},
         train_seconds=sum(r["seconds"].get("train", 0.0) for r in rounds),

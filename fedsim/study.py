@@ -1,0 +1,56 @@
+"""The configuration of a command line: preset, file, app or run, and what is set over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedsim import config as configuration
+from fedsim.config import Config
+from fedsim.errors import ConfigError
+
+
+def configure(
+    source: Path | None, preset: str | None, domain: str | None, data_dir: Path | None,
+    assignments: list[str],
+) -> tuple[Config, tuple[str, ...]]:  # fmt: skip
+    """The configuration of a command line, and the files of an app that are not executed."""
+    from fedsim import domains, flowertune, folder
+
+    values: dict[str, Any] = configuration.preset(preset) if preset else {}
+    ignored: tuple[str, ...] = ()
+    origin = preset or "defaults"
+    if source is not None:
+        origin, source = str(source), source.resolve()
+        if not source.exists():
+            raise ConfigError("configuration", got=origin, expected="an existing file or folder")
+        if source.is_file():
+            read = configuration.read_toml(source)
+        elif (source / "config.toml").is_file():
+            read = configuration.read_toml(source / "config.toml")
+            read = configuration.merge(
+                read, {"run": {"out": str(source.parent), "name": source.name}}
+            )
+        elif flowertune.is_app(source):
+            chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
+            imported = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
+            read, ignored = imported.values, imported.ignored
+        else:
+            raise ConfigError(
+                "configuration", got=origin,
+                expected="a TOML file, a FlowerTune app's folder or a run's folder",
+            )  # fmt: skip
+        values = configuration.merge(values, read)
+    if domain is not None:
+        values = configuration.merge(values, {"data": {"domain": domain}})
+    if data_dir is not None:
+        place = {"source": "directory", "dir": str(data_dir)}
+        values = configuration.merge(values, {"data": place})
+    values = configuration.override(values, assignments)
+    name = configuration.build(values, origin).data.domain
+    defaults = {"clients": {"number": domains.load(name).clients}}
+    config = configuration.build(configuration.merge(defaults, values), origin)
+    if "name" not in values.get("run", {}):
+        run = config.run.model_copy(update={"name": folder.default_name(config)})
+        config = config.model_copy(update={"run": run})
+    return config, ignored
