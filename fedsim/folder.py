@@ -223,7 +223,7 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
             raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
         if file.is_file():
             check_same(config, path)
-        elif any(path.iterdir()):
+        elif not _is_run(path):
             raise CheckpointError(
                 f"{path} is not a run's folder", expected="a config.toml in it",
                 remedy="Give another name with --set run.name=...",
@@ -231,9 +231,7 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
         return folder
     if not path.exists():
         return folder
-    there = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
-    run = file.is_file() and (folder.has_checkpoint or not there - _UNFINISHED)
-    if there and (not run or (path / "references.json").is_file()):
+    if not (path.is_dir() and _is_run(path)):
         raise ConfigError(
             f"{path} is not a run's folder",
             remedy="Give another name with --set run.name=..., or remove it by hand.",
@@ -244,6 +242,13 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
             remedy="Go on with --resume, replace it with --fresh, or give --set run.name=...",
         )
     return replacing(path)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's: with a checkpoint, or with nothing but what comes before it."""
+    there = {p.name.removesuffix(".partial") for p in path.iterdir()}
+    begun = "config.toml" in there and not there - _UNFINISHED
+    return not there or begun or (RunFolder(path).has_checkpoint and "config.toml" in there)
 
 
 def replacing(path: Path) -> RunFolder:
@@ -274,7 +279,12 @@ def check_content(folder: RunFolder, now: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: one is another, or the run did not note what it began with.
     """
-    before = folder.read_json("environment.json").get("content", {})
+    before = folder.read_json("environment.json").get("content")
+    if not before:
+        raise CheckpointError(
+            f"{folder.path} does not say which rows, questions and weights it began with",
+            remedy="An earlier version began it: finish it with that, or start with --fresh.",
+        )
     for what, value in now["content"].items():
         if (was := before.get(what)) != value:
             raise CheckpointError(

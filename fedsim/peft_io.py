@@ -76,7 +76,7 @@ def export(
         partial.mkdir(parents=True)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         noted = {"format": "pt", **({adapter_file.OVER: over} if over else {})}
-        write_atomic(partial / adapter_file.WEIGHTS, save(tensors, metadata=noted))
+        write_atomic(partial / adapter_file.WEIGHTS, _ordered(save(tensors, metadata=noted)))
         shutil.rmtree(folder, ignore_errors=True)  # a killed round may have left its own
         partial.replace(folder)
     except OSError as failure:
@@ -87,6 +87,15 @@ def export(
 
 def _key(piece: Piece) -> str:
     return adapter_file.key(piece.module, piece.kind)
+
+
+def _ordered(content: bytes) -> bytes:
+    """The same safetensors file with its header in one order: theirs has the metadata in a random
+    one, and the same run would leave another file each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + content[end:]
 
 
 def load(folder: Path, layout: AdapterLayout, onto: Tensor | None = None) -> Tensor:

@@ -166,7 +166,7 @@ def test_a_run_and_what_it_leaves(fedsim: Command, file: Path, tmp_path: Path) -
                  str(folder / "adapters" / "round_00002")):  # fmt: skip
         assert part in result.out, part
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 2 and "newswire" in page and "not leaderboard scores" in page
+    assert page.count("<svg") == 2 and "newswire" in page and "not a leaderboard score" in page
     assert page.count("</table>") >= 2 and "{{" not in page
     assert {p.name for p in (folder / "plots").iterdir()} == {"loss.svg", "scores.svg"}
     assert build(read_toml(folder / "config.toml"), "x") == build(read_toml(file), "x")
@@ -285,14 +285,27 @@ def test_eval_of_a_run_and_of_a_model(
     assert fedsim("run", file).code == 0
     result = fedsim("eval", tmp_path / "run", "--limit", "3")
     assert result.code == 0, result.err
-    for word in ("newswire", "strict", "lenient", "run, base", "run, round 2", "±"):
+    for word in ("newswire", "strict", "lenient", "base", "run, round 2", " to "):
         assert word in result.out
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
     assert {s["round"] for s in scores} == {0, 2} and {s["n"] for s in scores} == {3}
-    failed(fedsim("eval", tmp_path / "run", "--limit", "3"), "is not empty", "--fresh")
-    result = fedsim("eval", tiny("llama"), "--domain", "finance", "--set", "data.source=embedded",
-                    "--limit", "2", "--out", tmp_path / "bare", "--protocol", "flowertune",
-                    "--set", "model.quantisation=none")  # fmt: skip
+    again = fedsim("eval", tmp_path / "run", "--limit", "3")  # adds, and finds its own
+    assert again.code == 0
+    assert json.loads((tmp_path / "run/evaluation/scores.json").read_text()) == scores
+    result = fedsim(
+        "eval",
+        tiny("llama"),
+        "--domain",
+        "finance",
+        "--set",
+        "data.source=embedded",
+        "--limit",
+        "2",
+        "--out",
+        tmp_path / "bare",
+        "--protocol",
+        "flowertune",
+    )
     assert result.code == 0 and "official" in result.out
     assert "not comparable with published scores: embedded data" in result.out
     failed(fedsim("eval", tiny("llama")), "--domain", "Only a run's folder knows its domain")
@@ -310,9 +323,22 @@ def test_where_values_come_from(tmp_path: Path) -> None:
     assert (config.adapter.rank, config.clients.number, ignored) == (16, 16, ())
     config, _ = cli.configure(None, None, "medical", Path("/data"), [])
     assert (config.data.source, config.data.dir) == ("directory", "/data")
-    assert (config.run.name, config.clients.number) == ("medical", 20)
+    assert config.run.name.startswith("medical-fedavg-42-") and config.clients.number == 20
     config, _ = cli.configure(None, None, "medical", None, ["data.domain=coding"])
     assert (config.data.domain, config.clients.number) == ("coding", 10)
+
+
+def test_no_two_studies_share_a_default_name() -> None:
+    """The same study has its name again, also packed otherwise; any other has another."""
+
+    def name(*assignments: str) -> str:
+        return cli.configure(None, None, "medical", None, list(assignments))[0].run.name
+
+    names = [name(), name("run.seed=1"), name("adapter.rank=8"), name("server.strategy=flora"),
+             name("model.name=a/b"), name("data.limit=10")]  # fmt: skip
+    assert len(set(names)) == len(names) and names[3].startswith("medical-flora-42-")
+    assert name("train.slots=2", "run.device=cpu", "run.out=elsewhere") == names[0]
+    assert name("run.name=mine") == "mine"
 
 
 def test_a_path_with_a_quote(tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ class Runs:
         return self.folder(name)
 
     def finished(self, name: str, **changes: Any) -> Path:
-        """Resume to the end."""
-        done = self.run(name, resume=True, **changes)
+        """Resume to the end; what died before there was anything starts."""
+        done = self.run(name, resume=self.folder(name).exists(), **changes)
         assert done.code == 0, done.text
         return self.folder(name)
 
@@ -341,7 +341,8 @@ def test_killed_again_and_again(runs: Runs, whole: SimpleNamespace) -> None:
         assert code == -signal.SIGKILL and deaths < 40
         deaths += 1
         low, high = ((1, 20), (longest // 2, longest))[deaths % 2]
-        code = runs.run("chain", resume=True, kill=draw.randint(low, high)).code
+        there = runs.folder("chain").exists()
+        code = runs.run("chain", resume=there, kill=draw.randint(low, high)).code
     assert deaths >= 6
     same(runs.folder("chain"), whole)
 

@@ -224,6 +224,14 @@ def configure(
                 remedy=f"Say with --set {key}=... which it is, or evaluate them one by one.",
             )  # fmt: skip
     config = build(override(values, assignments), "fedsim eval")
+    fixed = ("model.dtype", "model.quantisation", "model.double_quantisation")
+    for key in (k for k in fixed if _assigned(k, assignments)):
+        if config.run.protocol == "flowertune":
+            raise ConfigError(
+                f"--set {key}", expected="nothing: protocol flowertune computes in float32, over "
+                "fp4 where the leaderboard's script does",
+                remedy="Leave it out, or evaluate with --protocol fedsim.",
+            )  # fmt: skip
     if config.model.name != targets[0].base:
         raise ConfigError(
             "--set model.name", got=config.model.name, expected=targets[0].base,

@@ -47,9 +47,10 @@ def resolve(names: Sequence[str], base: str | None = None) -> list[Target]:
             different bases.
     """
     found = [target for name in names for target in _resolve(name, base)]
-    targets = list(
-        {(t.place, t.round, t.base if t.place is None else ""): t for t in found}.values()
-    )
+    once: dict[tuple[object, int], Target] = {}
+    for target in found:
+        once.setdefault((target.place or target.base, target.round), target)
+    targets = list(once.values())
     bases = list(dict.fromkeys(target.base for target in targets))
     if len(bases) > 1:
         raise ConfigError(
