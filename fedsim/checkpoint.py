@@ -62,7 +62,8 @@ def write_failed(path: Path, failure: OSError) -> RunError:
     """The error for a file that could not be written."""
     return RunError(
         f"{path} cannot be written ({failure.strerror or failure})",
-        remedy="Every finished round is in the checkpoint: make room, then run with --resume.",
+        remedy="Make room, or choose another place. What was finished is whole: a run that has a "
+        "checkpoint goes on with --resume.",
     )
 
 

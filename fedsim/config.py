@@ -240,9 +240,15 @@ def build(values: Mapping[str, Any], origin: str) -> Config:
         raise ConfigError(
             f"{origin}: {key}",
             got=error["input"],
-            expected=error["msg"][0].lower() + error["msg"][1:],
+            expected=_expected(error["msg"]),
             remedy="See `fedsim list --keys` for every key with its default.",
         ) from None
+
+
+def _expected(message: str) -> str:
+    """pydantic's sentence as the end of ours: "a valid number", "a list"."""
+    text = message.removeprefix("Input should be ").replace("a valid tuple", 'a list: ["a", "b"]')
+    return text[0].lower() + text[1:]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -288,6 +288,7 @@ def check_content(folder: RunFolder, now: Mapping[str, Any]) -> None:
     for what, value in now["content"].items():
         if (was := before.get(what)) != value:
             raise CheckpointError(
-                f"{what} is not what the run in {folder.path} began with", got=value[:12],
-                expected=str(was)[:12], remedy="Put it back, or start again with --fresh.",
+                f"sha256 of {what}", got=value[:12],
+                expected=f"{str(was)[:12]}, with which the run in {folder.path} began",
+                remedy="Put back what was there, or start again with --fresh.",
             )  # fmt: skip

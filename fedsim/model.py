@@ -19,7 +19,7 @@ from fedsim.errors import ModelError
 from fedsim.fused import fuse_mlps, fuse_norms, fuse_rotary, shorten_last_layer, take_rows
 from fedsim.linears import groups, inputs_of, linears, target_linears
 from fedsim.lora import Pass, Site, SiteMember
-from fedsim.pretrained import compute_dtype, stock
+from fedsim.pretrained import compute_dtype, stock, understood
 from fedsim.quantised import holds
 from fedsim.stock_rows import StockRows, sequences
 from fedsim.weights import Weights
@@ -244,6 +244,14 @@ def load(
     Raises:
         ModelError: it cannot be loaded, or packed computation would differ from stock.
     """
+    with understood(weights):
+        return _load(weights, config, device, targets, shard, tokenizer)
+
+
+def _load(
+    weights: Weights, config: Config, device: torch.device, targets: tuple[str, ...], shard: bool,
+    tokenizer: Any,
+) -> Base:  # fmt: skip
     from transformers import AttentionInterface
 
     AttentionInterface.register("fedsim", attention)

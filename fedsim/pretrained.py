@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fedsim import mapped
 from fedsim.config import Config
-from fedsim.errors import ModelError
+from fedsim.errors import FedSimError, ModelError
 from fedsim.quantised import quantise
-from fedsim.weights import Weights
+from fedsim.weights import Weights, model_type
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -26,11 +28,34 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@contextmanager
+def understood(weights: Weights) -> Iterator[None]:
+    """Say of a model which foreign exception it leads to, and what helps.
+
+    Raises:
+        ModelError: for every exception but ours and a lack of memory.
+    """
+    try:
+        yield
+    except (FedSimError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        if "out of memory" in str(failure).lower() or "can't allocate memory" in str(failure):
+            raise
+        said = (str(failure).strip().splitlines() or ["no message"])[0][:300]
+        raise ModelError(
+            f"{weights.origin} cannot be computed ({type(failure).__name__}: {said})",
+            expected="a causal language model of attention and gated MLPs, as Llama",
+            remedy=f"Models of type {model_type(weights)!r} are not all computed: give another, or "
+            "mend its files.",
+        ) from failure
+
+
 def outline(weights: Weights) -> Any:
-    """The model without its weights, on torch's meta device."""
+    """The model without its weights, on torch's meta device. Raises ModelError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with understood(weights), torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.path))
 
 

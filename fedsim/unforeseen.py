@@ -7,6 +7,7 @@ import os
 import tempfile
 import traceback
 
+from fedsim.data.tokens import cache_root
 from fedsim.errors import FedSimError, RunError
 
 # errno -> what helps against it.
@@ -30,6 +31,11 @@ def told(failure: Exception) -> FedSimError:
         raise failure
     first = (str(failure).strip().splitlines() or ["no message"])[0][:300]
     what = f"{type(failure).__name__}: {first}"
+    if isinstance(failure, OSError) and str(failure.filename or "").startswith(str(cache_root())):
+        return RunError(
+            f"the cache {cache_root()} cannot be used ({failure.strerror or first})",
+            remedy="Set FEDSIM_CACHE to a folder that you may write, with room for models.",
+        )
     if isinstance(failure, OSError) and failure.errno in _FILES:
         return RunError(what, remedy=_FILES[failure.errno])
     if isinstance(failure, MemoryError) or "out of memory" in first.lower():

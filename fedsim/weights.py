@@ -169,15 +169,21 @@ def _from_hub(name: str, revision: str | None, local_only: bool) -> Path:
 
 
 def find(name: str, revision: str | None = None) -> Weights:
-    """The folder of a model.
+    """The folder of a model that has a configuration and weights in full.
 
     Args:
         name: an existing folder, an alias of `ALIASES`, or a Hugging Face id. An alias is looked
             for in the hub's cache first, then in its package.
 
     Raises:
-        ModelError: it is nowhere; the message says how to get it.
+        ModelError: it is nowhere, or of a kind that is not read; the message says what to do.
     """
+    found = _find(name, revision)
+    _check(found)
+    return found
+
+
+def _find(name: str, revision: str | None) -> Weights:
     if Path(name).is_dir():
         # Absolute, so that an exported adapter finds its base from any folder.
         place = Path(name).absolute()
@@ -215,15 +221,43 @@ def find(name: str, revision: str | None = None) -> Weights:
     return Weights(folder, f"package {alias.requirement} ({alias.form})", alias.hub)
 
 
+def _check(found: Weights) -> None:
+    """Raise ModelError where there is no model, or one whose weights are stored in few bits."""
+    file = found.path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not (isinstance(config, dict) and isinstance(config.get("model_type"), str)):
+            raise ValueError("it names no model_type")
+    except (OSError, ValueError, RecursionError) as failure:
+        raise ModelError(
+            f"{file} cannot be read ({failure})",
+            expected="the configuration of a model",
+            remedy="Give the folder of a Hugging Face model.",
+        ) from None
+    bits = config.get("quantization_config")
+    if bits:
+        kind = bits.get("quant_method", "unknown") if isinstance(bits, dict) else "unknown"
+        raise ModelError(
+            f"{found.origin}: quantization_config", got=kind,
+            expected="weights in float32, bfloat16 or float16",
+            remedy="Give the model that it was made from; model.quantisation = \"nf4\" holds "
+            "that in 4 bits.",
+        )  # fmt: skip
+
+
+def _first(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200].rstrip(" :")
+
+
 def tokenizer(weights: Weights) -> Any:
     """The model's own fast tokenizer. Raises ModelError without one or without an EOS token."""
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(weights.path)
-    except (OSError, ValueError) as failure:
+    except Exception as failure:  # the tokenizers library raises bare exceptions
         raise ModelError(
-            f"no tokenizer can be loaded from {weights.origin} ({failure})",
+            f"no tokenizer can be loaded from {weights.origin} ({_first(failure)})",
             expected="tokenizer.json beside the weights",
         ) from failure
     if not loaded.is_fast or loaded.eos_token_id is None:

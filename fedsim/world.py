@@ -151,14 +151,14 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "quantisation": config.model.quantisation, **world.base.held,
         },
         "content": {
-            "model.name: its weights": world.found.digest(),
+            "the base's weights": world.found.digest(),
             "the training rows": hashlib.sha256(
                 world.data.store.ids.tobytes() + world.data.store.lengths.tobytes()
             ).hexdigest(),
             "which client holds which row": hashlib.sha256(
                 world.data.population.offsets.tobytes() + world.data.population.examples.tobytes()
             ).hexdigest(),
-            **{f"evaluate.tasks: {n}": t.content for n, t in world.tests.tasks.items()},
+            **{f"the questions of {n}": t.content for n, t in world.tests.tasks.items()},
         },
         "data": {
             "train": world.origin, "examples": len(world.data.store),
