@@ -67,6 +67,8 @@ def simulated(
     )
     ledger = Ledger(config, world.data.population, key)
     saved = checkpoints.load_checkpoint(folder.checkpoints)
+    if saved:
+        check_content(folder, describe(config, world))
     folder.cut(saved.bytes_done if saved else {})
     server, scores = begin(config, world, strategy, folder, meter, saved)
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
@@ -112,14 +114,12 @@ def begin(
     saved: Checkpoint | None,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     """The server and its scores to go on from: what was saved, or a fresh run's, on disk."""
-    now = describe(config, world)
     if saved:
-        check_content(folder, now)
         server = saved.server.to(world.base.device)
         world.base.correction.apply(server.base)
         return server, saved.scores
     folder.begin(config)
-    folder.write_json("environment.json", now)
+    folder.write_json("environment.json", describe(config, world))
     memory = DiskMemory(folder.path / "clients", world.base.layout.size)  # empty yet
     server, scores = world.first(strategy, config.adapter), []
     if config.evaluate.first:

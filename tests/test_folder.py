@@ -163,7 +163,8 @@ def test_a_resumed_run_is_over_the_same(
 ) -> None:
     model = shutil.copytree(small().model.name, tmp_path / "model")
     config = small(data__source="directory", data__dir=str(data.parent), data__limit=None,
-                   evaluate__tasks=["fpb"],                   model__name=str(model), server__rounds=2)  # fmt: skip
+                   evaluate__tasks=["fpb"],
+                   model__name=str(model), server__rounds=2)  # fmt: skip
     monkeypatch.setattr(simulate, "commit", dying := Dying(simulate.commit))
     with pytest.raises(KeyboardInterrupt):
         simulate.run(config)
