@@ -73,7 +73,7 @@ def settings(folder: Path) -> Any:
             raise ModelError(
                 f"{file}: {name}", got=value, expected=_expected(name),
                 remedy=_CONVERT if name == "init_lora_weights" else
-                "Merge the adapter into its base with peft's merge_and_unload, and evaluate that."
+                "Evaluate the model into which peft has merged the adapter, where it can."
                 if known else "It is no setting of the installed peft: remove it if it is a note.",
             )  # fmt: skip
     kept = {k: v for k, v in given.items() if k in LoraConfig.__dataclass_fields__}

@@ -20,6 +20,12 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError, FedSimError
 from fedsim.study import configure
 
+# Libraries read these when they are imported: their bars and advice stay out of our display.
+for _name, _value in {
+    "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",}.items():  # fmt: skip
+    os.environ.setdefault(_name, _value)
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Federated fine-tuning of language models on one machine, many clients in one pass.",
@@ -240,14 +246,11 @@ def doctor() -> None:
 
 def _quiet() -> None:
     """Keep libraries' progress bars and advice out of a display that is ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("bitsandbytes", "DeepSpeed", "datasets", "huggingface_hub", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # DeepSpeed resets levels
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
