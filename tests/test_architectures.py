@@ -169,6 +169,10 @@ def test_attention_dropout_is_refused(settings: Callable[..., Config], tmp_path:
     config = settings()
     with pytest.raises(ModelError, match=r"attention_dropout: got 0\.1; expected 0"):
         open_base(config, altered(config, tmp_path, attention_dropout=0.1))
+    starcoder = transformers.Starcoder2Config(**_SIZES, residual_dropout=0.1)
+    with pytest.raises(ModelError, match=r"residual_dropout: got 0.1; expected 0"):
+        model.check_config(starcoder, 64)
+    model.check_config(transformers.Starcoder2Config(**_SIZES, attention_dropout=0.0), 64)
 
 
 def test_positions_that_look_at_the_pass_are_refused() -> None:
