@@ -71,10 +71,10 @@ def cause(failure: Exception, dataset: DataSet) -> tuple[str, str]:
         return any(isinstance(one, types) for one in kinds)
 
     if isinstance(failure, RuntimeError) and "scripts are no longer supported" in said:
-        return "has a loading script, which datasets no longer runs", (
-            f"Name a revision that has Parquet files, where there is one: data.train = "
-            f"{dataset.hub}@{CONVERTED}. {NO_HUB}"
-        )
+        other = f"{dataset.hub}@{CONVERTED}"
+        named = f"Name a revision with Parquet files, where there is one: data.train = {other}. "
+        offered = dataset.split == "train" and dataset.revision != CONVERTED
+        return "has a loading script, which datasets no longer runs", named * offered + NO_HUB
     # `datasets` raises one kind for all three, and drops the hub's own.
     if among(GatedRepoError) or (isinstance(failure, DatasetNotFoundError) and " gated " in said):
         return "is gated", (

@@ -39,7 +39,7 @@ class TokenStore:
         offsets: (E + 1,) int64.
         trained: (tokens,) bool, which tokens have a loss; never an example's first.
         cut: (E,) bool, those that lost tokens at data.max_length.
-        unmarked: (E,) bool, those in whose tokens the response mark was sought and not found.
+        unmarked: (E,) bool, those in whose whole text the response mark was sought and not found.
     """
 
     ids: np.ndarray
@@ -143,13 +143,13 @@ def official(tokenizer: Any, texts: Sequence[Sequence[Piece]], max_length: int) 
     rows = tokenizer(flat, truncation=True, max_length=max_length)["input_ids"]
     full = [i for i, ids in enumerate(rows) if len(ids) == max_length]
     wide = tokenizer([flat[i] for i in full])["input_ids"] if full else []
-    cut = {i for i, ids in zip(full, wide, strict=True) if len(ids) > max_length}
+    uncut = dict(zip(full, wide, strict=True))
     mark, out = mark_ids(tokenizer), []
     for i, ids in enumerate(rows):
-        start = after_mark(ids, mark)
+        whole, start = uncut.get(i, ids), after_mark(ids, mark)
         mask = np.arange(len(ids)) >= (len(ids) if start is None else start)
         mask &= np.array(ids) != tokenizer.eos_token_id
-        out.append(Example(ids, mask, i in cut, start is None))
+        out.append(Example(ids, mask, len(whole) > len(ids), after_mark(whole, mark) is None))
     return out
 
 

@@ -98,10 +98,10 @@ def check_labels(store: TokenStore, config: Config) -> None:
         return
     limit = config.data.max_length
     causes, remedies = [], []
-    if cut := int((without & store.cut).sum()):
+    if cut := int((without & store.cut & ~store.unmarked).sum()):
         causes.append(f"{cut:,} have their answer behind the first {limit} tokens")
         remedies.append("Raise data.max_length.")
-    if lost := int((without & ~store.cut & store.unmarked).sum()):
+    if lost := int((without & store.unmarked).sum()):
         causes.append(f"in {lost:,} this tokenizer merges {RESPONSE_MARK!r} with its neighbours")
         remedies.append("run.protocol = fedsim does not look for it.")
     if rest := int(without.sum()) - cut - lost:
