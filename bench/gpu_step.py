@@ -92,7 +92,8 @@ class Round:
         lengths = np.exp(rng.normal(np.log(median), 0.4, n)).astype(int).clip(6, 512)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         ids = rng.integers(1, len(base.head), offsets[-1])
-        self.store = TokenStore(ids, offsets, lengths - np.minimum(16, lengths // 3))
+        first = np.repeat(lengths - np.minimum(16, lengths // 3) + offsets[:-1], lengths)
+        self.store = TokenStore(ids, offsets, np.arange(offsets[-1]) >= first)
         self.population = Population(np.arange(clients + 1) * batch, np.arange(n))
         self.base, self.tokens = base, int(lengths.sum())
         self.clients, self.batch = clients, batch

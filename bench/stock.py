@@ -64,7 +64,8 @@ def padded(store: TokenStore, examples: np.ndarray, device: torch.device) -> dic
     rows = [torch.as_tensor(np.asarray(store.of(e), dtype=np.int64)) for e in examples.tolist()]
     ids = pad_sequence(rows, batch_first=True)
     column, ends = torch.arange(ids.shape[1]), torch.as_tensor(store.lengths[examples])[:, None]
-    starts = torch.as_tensor(np.asarray(store.label_start[examples]))[:, None]
-    labels = ids.masked_fill((column < starts) | (column >= ends), -100)
+    spans = zip(store.offsets[examples], store.offsets[examples + 1], strict=True)
+    trained = [torch.as_tensor(np.asarray(store.trained[a:b])) for a, b in spans]
+    labels = ids.masked_fill(~pad_sequence(trained, batch_first=True), -100)
     batch = {"input_ids": ids, "attention_mask": (column < ends).long(), "labels": labels}
     return {name: part.to(device) for name, part in batch.items()} | {"use_cache": False}

@@ -233,11 +233,22 @@ def list_(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    hub: Annotated[
+        bool, typer.Option(help="Load every set from the hub instead, and say which ones do.")
+    ] = False,
+) -> None:
     """What is installed, which device will be used, and which implementation of each operation."""
     _quiet()
     from fedsim import doctor as check
 
+    if hub:
+        failed = 0
+        for name, value, loads in check.hub():  # each as it comes: a set may take minutes
+            failed += not loads
+            style = "green" if loads else "red"
+            out.print(f"[{style}]{escape(name)}[/{style}]  {escape(value)}", soft_wrap=True)
+        raise typer.Exit(1 if failed else 0)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in check.findings():
         table.add_row(f"[dim]{name}[/dim]", escape(value))

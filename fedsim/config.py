@@ -18,7 +18,10 @@ from fedsim.privacy import Privacy
 from fedsim.section import Section
 
 PRESETS = Path(__file__).parent / "presets"
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[
+    tuple[str, ...], Field(strict=False),
+    BeforeValidator(lambda v: [n.strip() for n in v.split(",")] if isinstance(v, str) else v),
+]  # fmt: skip
 Rank = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Recompute = Annotated[
     Literal["never", "auto", "always"],
@@ -66,6 +69,7 @@ class Data(Section):
     train: str | None = Field(None, description="training set; default: the domain's own")
     max_length: int = Field(512, ge=8)
     limit: int | None = Field(None, ge=1, description="use only the first n training rows")
+    max_unlabelled: float = Field(0.1, ge=0, le=1, description="share of rows without a label")
 
 
 class Server(Section):
@@ -254,7 +258,7 @@ def _expected(message: str) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; a syntax error names the file and the line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
         raise ConfigError(f"{path} is not valid TOML: {failure}") from None
 

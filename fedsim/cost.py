@@ -110,6 +110,7 @@ class Estimate:
     work: Work | None  # None where the data or the tokenizer are not here
     memory: Memory
     epsilon: float | None  # of the whole run, where the privacy and the data that it hangs on are
+    lost: str  # what the data lose as examples; "" where nothing, or where they are not here
 
     @property
     def adapter_numbers(self) -> int:
@@ -156,6 +157,8 @@ class Estimate:
         if self.work is not None:
             w = self.work
             yield "tokens trained", f"{w.tokens:,}"
+            if self.lost:
+                yield "  of", self.lost
             yield (
                 "first round",
                 f"{w.passes:,} passes, {w.utilisation:.0%} full; at most {w.longest:,} tokens",
@@ -176,7 +179,7 @@ def estimate(config: Config) -> Estimate:
     shapes = {n: (m.in_features, m.out_features)
               for n, m in target_linears(model, targets).items()}  # fmt: skip
     layout = AdapterLayout.build(shapes, config.adapter.rank, dora=config.adapter.dora)
-    data = _data(config, found)
+    data = _data(config, found, model.get_input_embeddings().num_embeddings)
     device = pick_device(config.run.device)
     dtype = pretrained.compute_dtype(config, device)
     numbers = sum(p.numel() for p in model.parameters())
@@ -199,6 +202,7 @@ def estimate(config: Config) -> Estimate:
     return Estimate(
         config, numbers, layout, wire, strategy.joins, _traffic(config, layout, strategy, wire),
         work, memory, _epsilon(config, data.population if data else None),
+        data.said(config.data.max_length) if data else "",
     )  # fmt: skip
 
 
@@ -232,15 +236,22 @@ def _traffic(
     return total
 
 
-def _data(config: Config, found: weights.Weights) -> training.Training | None:
-    """The training examples and who holds them; None where the tokenizer is not here."""
+def _data(config: Config, found: weights.Weights, size: int) -> training.Training | None:
+    """The training examples and who holds them; None where the tokenizer is not here.
+
+    Args:
+        size: rows of the model's embedding.
+    """
     if not (found.path / "tokenizer.json").is_file():
         return None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
-    rows = sources.load(config.data, domain, dataset, domain.columns)
+    rows = sources.load(config.data, domain, dataset, domain.columns, domain.optional)
     key = seeds.run_key(config.run.seed)
-    return training.load(config, rows, domain, weights.tokenizer(found), key)
+    tokenizer = weights.tokenizer(found)
+    data = training.load(config, rows, domain, tokenizer, key)
+    training.check_tokens(data.store, size, tokenizer, rows.origin)
+    return data
 
 
 def _work(

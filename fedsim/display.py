@@ -106,7 +106,7 @@ class Display:
             self._printed += 1
             seconds = line["seconds"]["train"]
             loss = ""
-            if line["loss_first"] is not None:
+            if None not in (line["loss_first"], line["loss_last"]):
                 loss = f"loss {line['loss_first']:.3f} → {line['loss_last']:.3f}  "
             text = (
                 f"round {line['round']:>3}  {line['clients']} clients  {loss}"

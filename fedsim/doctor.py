@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
-from fedsim import record, weights
-from fedsim.config import Config
+from fedsim import domains, record, weights
+from fedsim.config import Config, Data
 from fedsim.core import pick_device
+from fedsim.data import sources
+from fedsim.domains import Domain, Task
+from fedsim.errors import FedSimError
 from fedsim.evaluate import sandbox
+from fedsim.evaluate.suite import items
 from fedsim.pretrained import compute_dtype
 
 
@@ -32,6 +37,37 @@ def findings() -> list[tuple[str, str]]:
     for alias in weights.ALIASES:
         rows.append((f"model {alias}", weights.locate(alias)))
     return [*rows, *sandbox.isolation()]
+
+
+def hub() -> Iterator[tuple[str, str, bool]]:
+    """(set, rows or the reason, whether it loads) of every set that a domain has on the hub."""
+    for domain in map(domains.load, domains.known()):
+        sets = [(dataset, None) for dataset in domain.train if dataset.hub]
+        for dataset, task in [*sets, *((task.data, task) for task in domain.tasks.values())]:
+            where = f"{dataset.hub}@{dataset.revision or 'main'}"
+            try:
+                n = _tried(domain, dataset, task)
+                yield f"{domain.name} {dataset.name}", f"{n:,} rows of {where}", True
+            except FedSimError as failure:
+                yield f"{domain.name} {dataset.name}", str(failure), False
+            except Exception as failure:  # a person asks for the list, not for the first fault
+                what = f"{where}: {type(failure).__name__}: {failure}"
+                yield f"{domain.name} {dataset.name}", what, False
+
+
+def _tried(domain: Domain, dataset: domains.DataSet, task: Task | None) -> int:
+    """The rows of a set that loads and is read under every protocol."""
+    data = Data(source="hub")
+    if task is None:
+        rows = sources.load(data, domain, dataset, domain.columns, domain.optional)
+        for pair in domain.pairs.values():
+            for row in rows.rows:
+                pair(row)
+    else:
+        rows = sources.load(data, domain, dataset, task.columns)
+        for form in task.forms.values():
+            items(form, rows.rows, rows.origin)
+    return len(rows)
 
 
 def _waiting() -> str:

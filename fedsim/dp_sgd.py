@@ -93,11 +93,12 @@ class DPSGD:
             who: slot -> position in the plan. loss: (K,) fp64 of the single examples.
 
         Returns:
-            (K,) fp64, what the pass adds to the means of its steps; NaN where one drew nobody.
+            (K,) fp64, what the pass adds to the means of its steps, over the examples with labels;
+            NaN where one drew none.
         """
         count = np.ones(len(loss))
         for part, step in parts:
-            count[part.slot] = len(step.examples) or np.nan
+            count[part.slot] = np.count_nonzero(step.labels) or np.nan
             grad, total = self._bank.grads[part.slot], self._sums[part.slot]
             trains = self._trains[int(self._plan.rank[who[part.slot]])]
             if part.first == 0:

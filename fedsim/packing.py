@@ -32,6 +32,7 @@ class Step:
         load: packed rows of each unit.
         weights: (n,) 1 / label tokens of the whole step, so that passes add up to the step's mean;
             where every example has a loss of its own, 1 / its own.
+        labels: (n,) int64, label tokens of each; a step without any measures nothing.
     """
 
     examples: np.ndarray
@@ -40,6 +41,7 @@ class Step:
     units: tuple[tuple[int, int], ...]
     load: Load
     weights: np.ndarray
+    labels: np.ndarray
 
     def sequences(self, part: Part) -> range:
         """Those of one part."""
@@ -64,12 +66,12 @@ def cut(
         share: compute leading tokens that sequences of a chunk have in common once.
         alone: every sequence is a unit and has a mean loss of its own; with share = False.
     """
-    lengths, starts = store.lengths[examples], store.label_start[examples]
+    lengths, labels = store.lengths[examples], store.labels[examples]
     n, tile = len(examples), train.rows_per_product
     shared = np.zeros((n, n), dtype=np.int64)
     if share:
         # The row before the first label is each sequence's own: what is shared has no labels.
-        limits = np.maximum(starts - 1, 0).tolist()
+        limits = np.maximum(store.first[examples] - 1, 0).tolist()
         shared = common([store.of(e) for e in examples], limits)
 
     def together(first: int, end: int) -> int:
@@ -87,9 +89,8 @@ def cut(
         load = Load(tuple(-(-together(a, b) // tile) * tile for a, b in units))
     else:
         load = Load(tuple(lengths.tolist()), cache(together) if share else None)
-    labels = np.maximum(lengths - starts, 0)
     weights = 1.0 / np.maximum(1, labels if alone else np.full(n, labels.sum()))
-    return Step(examples, lengths, shared, units, load, weights)
+    return Step(examples, lengths, shared, units, load, weights, labels)
 
 
 Parts = Sequence[tuple[Part, Step]]
@@ -190,6 +191,6 @@ def _chunk(packer: Packer, store: TokenStore, step: Step, sequences: range) -> N
         row = packer.sequence(ids[branch.begin : branch.end], branch.sequence, branch.begin, parent)
         index.append(packer.last)
         if branch.leaf:
-            start = int(store.label_start[example])
             weight = step.weights[branch.sequence]
-            packer.labels(row + start - 1 - branch.begin, ids[start:], weight)
+            for first, end in store.spans(example):
+                packer.labels(row + first - 1 - branch.begin, ids[first:end], weight)

@@ -58,6 +58,8 @@ def simulated(
     """The loop over a folder that is kept for this process."""
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
+    if said := world.data.said(config.data.max_length):
+        meter.notes.append(said)
     base, layout = world.base, world.base.layout
     store, people = world.data.store, world.data.population
     # Over a sharded base finished rows may lie long: the leader's wait for those of others.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a set to Parquet
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ class DataSet:
     """Where one set of rows lies in each source, and how its rows are read.
 
     Attributes:
-        name: in a directory the file <folder>/<name>.<split>.jsonl.gz.
+        name: in a directory the file <folder>/<name>.<split>.jsonl.gz, or .jsonl.
+        hub: its id, or a folder or a file of JSON lines.
         configs: the hub's, joined in this order; () where a set has only its default one.
+        revision: None is the newest. Sets whose own files are a loading script have `CONVERTED`.
         prepare: hub only: "" or "quarter", the evaluator's train_test_split(0.25, 42).
         read: a stored row -> the columns that the task or domain names; None: it has them.
     """

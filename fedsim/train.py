@@ -143,7 +143,7 @@ class Trainer:
             loss, rows = self.gradients(plan, who, parts)
             if self._private:
                 loss = self._private.add(who, parts, loss)
-            completed = self._optimise(plan, who, shift, state, terms, loss)
+            completed = self._optimise(plan, who, shift, parts, state, terms, loss)
             tokens = 0
             for part, step in parts:
                 visits[part.slot].tokens += step.tokens(part)
@@ -237,16 +237,16 @@ class Trainer:
         return Dropout(p, self.key, counters)
 
     def _optimise(
-        self, plan: RoundPlan, who: dict[int, int], shift: Shift, state: State, terms: LocalTerms,
-        loss: Tensor,
+        self, plan: RoundPlan, who: dict[int, int], shift: Shift, parts: Parts, state: State,
+        terms: LocalTerms, loss: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """One AdamW step of every client whose step is complete; nothing waits for the device.
 
         Returns:
             (K,) losses of the completed steps, NaN elsewhere, or None where there are none.
         """
-        table = np.zeros((6, self.bank.slots), dtype=np.float32)
-        enters, begins, first, active, lr, number = table
+        table = np.zeros((7, self.bank.slots), dtype=np.float32)
+        enters, begins, first, active, unlabelled, lr, number = table
         number[:] = 1
         for slot, _ in shift.enter:
             enters[slot] = 1
@@ -256,17 +256,22 @@ class Trainer:
             first[part.slot] = part.completes and part.step == 0
             lr[part.slot] = plan.lr[who[part.slot]]
             number[part.slot] = part.step + 1
+        for part, step in parts:
+            unlabelled[part.slot] = part.completes and not step.labels.any()
         told = on_device(table, self.base.device, torch.float32)
-        flags = told[:4] != 0
+        flags = told[:5] != 0
         completes = flags[3]
-        state.add(loss, enters=flags[0], begins=flags[1], first=flags[2], completes=completes)
+        state.add(
+            loss, enters=flags[0], begins=flags[1], first=flags[2], completes=completes,
+            unlabelled=flags[4],
+        )  # fmt: skip
         if not active.any():
             return None
         ranks = {p.slot: int(plan.rank[who[p.slot]]) for p in shift.parts if p.completes}
         terms.add(ranks)
         train = self.config.train
         norms = self.bank.step(
-            lr=told[4], step=told[5], active=completes & state.ok,
+            lr=told[5], step=told[6], active=completes & state.ok,
             betas=(train.beta1, train.beta2), eps=train.eps,
             weight_decay=train.weight_decay,
             max_norm=math.inf if self._private else train.clip_norm,

@@ -17,7 +17,8 @@ class State:
     """What has come out of each slot's client, on the device, (K,) each.
 
     Attributes:
-        loss: of the present step, as far as it was passed. first: of the first step.
+        loss: of the present step, as far as it was passed, NaN once it is over and had no labels.
+        first: of the first step.
         ok: False from the first loss or gradient on that was not finite. A sick client keeps its
             slot until its steps are over: finding out earlier would stop the device.
         heeds: losses; under privacy of examples nothing that the server sees may hang on them.
@@ -30,14 +31,17 @@ class State:
         self.ok = torch.ones(slots, dtype=torch.bool, device=device)
 
     def add(
-        self, loss: Tensor, *, enters: Tensor, begins: Tensor, first: Tensor, completes: Tensor
-    ) -> None:
-        """Take in one pass; the flags are (K,) bool."""
+        self, loss: Tensor, *, enters: Tensor, begins: Tensor, first: Tensor, completes: Tensor,
+        unlabelled: Tensor,
+    ) -> None:  # fmt: skip
+        """Take in one pass; the flags are (K,) bool, `unlabelled` where a step completes whose
+        examples have no labels: it has measured nothing, and nothing is wrong with its client."""
         self.loss = torch.where(begins, loss, self.loss + loss)
-        self.first = torch.where(first, self.loss, self.first)
         self.ok = self.ok | enters
         if self.heeds:
             self.ok &= ~completes | torch.isfinite(self.loss)
+        self.loss = torch.where(unlabelled, float("nan"), self.loss)
+        self.first = torch.where(first, self.loss, self.first)
 
     def read(self) -> Reading:
         """(3, K) first loss, last loss, ok."""

@@ -118,10 +118,12 @@ def load_world(config: Config, key: int, shard: bool | None = None) -> World:
     hostile = attack.attack(of.kind, of.options) if of.on_updates else None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
-    rows = sources.load(config.data, domain, dataset, domain.columns)
+    rows = sources.load(config.data, domain, dataset, domain.columns, domain.optional)
     found = weights.find(config.model.name, config.model.revision)
     tokenizer = weights.tokenizer(found)
     data = training.load(config, rows, domain, tokenizer, key)
+    outline = pretrained.outline(found).get_input_embeddings()
+    training.check_tokens(data.store, outline.num_embeddings, tokenizer, rows.origin)
     tests = evaluate.suite(config, domain, key)
     device = pick_device(config.run.device)
     targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
@@ -154,6 +156,7 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             "the base's weights": world.found.digest(),
             "the training rows": hashlib.sha256(
                 world.data.store.ids.tobytes() + world.data.store.lengths.tobytes()
+                + world.data.store.trained.tobytes()
             ).hexdigest(),
             "which client holds which row": hashlib.sha256(
                 world.data.population.offsets.tobytes() + world.data.population.examples.tobytes()
@@ -161,8 +164,7 @@ def describe(config: Config, world: World) -> dict[str, Any]:
             **{f"the questions of {n}": t.content for n, t in world.tests.tasks.items()},
         },
         "data": {
-            "train": world.origin, "examples": len(world.data.store),
-            "unlabelled": world.data.store.unlabelled, "sha256": world.digests,
+            "train": world.origin, **world.data.counts, "sha256": world.digests,
             "attackers": int(world.data.bad.sum()),
         },
         "operations": dict.fromkeys(

@@ -49,8 +49,27 @@ def examples(shift: int = 0, client: int = -1) -> TokenStore:
             row = np.concatenate([prefix, rng.integers(1, 384, own + answer)])
             ids.append((row + shift) % 383 + 1 if c == client else row)
             starts.append(len(row) - answer)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return TokenStore(np.concatenate(ids), offsets, np.array(starts))
+    return stored(ids, starts)
+
+
+def stored(rows: Sequence[np.ndarray], starts: Sequence[int]) -> TokenStore:
+    """A store of these examples, whose labels begin at `starts` and run to the end."""
+    trained = [np.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return TokenStore(np.concatenate(rows), offsets, np.concatenate(trained))
+
+
+def without(store: TokenStore, examples: Sequence[int]) -> TokenStore:
+    """The same data of which these examples have no labels."""
+    gone = np.repeat(np.isin(np.arange(len(store)), examples), store.lengths)
+    return replace(store, trained=store.trained & ~gone)
+
+
+def labels(store: TokenStore, example: int) -> Tensor:
+    """(n,) as transformers takes them: -100 is none."""
+    span = slice(*store.offsets[example : example + 2])
+    ids, trained = (torch.as_tensor(np.asarray(a[span])) for a in (store.ids, store.trained))
+    return ids.masked_fill(~trained, -100)
 
 
 @dataclass(frozen=True)

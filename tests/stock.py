@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fedsim.adapters import AdapterBank
-from tests.lab import CLIENTS, KEY, LR, SCALE, Lab
+from tests.lab import CLIENTS, KEY, LR, SCALE, Lab, labels
 from tests.masks import keep_mask
 
 _KINDS = {"A": "lora_A", "B": "lora_B", "mag": "lora_magnitude_vector"}
@@ -102,11 +102,10 @@ class Stock:
         rows = [torch.as_tensor(self.lab.store.of(e)) for e in batch]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         real = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
-        labels = ids.masked_fill(real == 0, -100)
-        for label, example in zip(labels, batch, strict=True):
-            label[: self.lab.store.label_start[example]] = -100
+        mine = [labels(self.lab.store, e) for e in batch]
+        wanted = nn.utils.rnn.pad_sequence(mine, batch_first=True, padding_value=-100)
         self.optimizer.zero_grad()
-        loss = self.model(input_ids=ids, attention_mask=real, labels=labels).loss
+        loss = self.model(input_ids=ids, attention_mask=real, labels=wanted).loss
         loss.backward()
         self.loss = loss.detach()
         return self.read(gradient=True)

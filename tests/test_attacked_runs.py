@@ -69,8 +69,8 @@ def test_flipped_labels(settings: Callable[..., Config]) -> None:
     assert np.array_equal(plain.population.examples, flipped.population.examples)
     for client in range(8):
         for e in plain.population.of(client):
-            at = plain.store.label_start[e]
-            assert at == flipped.store.label_start[e]
+            at = plain.store.first[e]
+            assert at == flipped.store.first[e]
             a, b = (s.ids[s.offsets[e] : s.offsets[e + 1]] for s in (plain.store, flipped.store))
             assert np.array_equal(a[:at], b[:at])
             assert np.array_equal(a[at:], b[at:]) is not bool(flipped.bad[client])

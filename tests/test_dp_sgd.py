@@ -30,7 +30,19 @@ from fedsim.plan import sampled
 from fedsim.record import Meter
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.train import Trainer
-from tests.lab import CLIENTS, DELTA, EXAMPLES, GRADIENT, KEY, STEPS, Lab, distance, plan_of
+from tests.lab import (
+    CLIENTS,
+    DELTA,
+    EXAMPLES,
+    GRADIENT,
+    KEY,
+    STEPS,
+    Lab,
+    distance,
+    labels,
+    plan_of,
+)
+from tests.lab import without as unlabelled
 from tests.lab import worst as worst_of
 from tests.stock import Stock, watched
 from tests.test_every_rule_runs import killed_and_resumed, state
@@ -65,10 +77,9 @@ class Loop:
         total = torch.zeros(len(self.mask), dtype=torch.float64)
         for example in self.one.batch(self.client, step):
             ids = torch.as_tensor(store.of(example))[None]
-            labels = ids.clone()
-            labels[:, : store.label_start[example]] = -100
+            wanted = labels(store, example)[None]
             self.stock.optimizer.zero_grad()
-            self.stock.model(input_ids=ids, labels=labels).loss.backward()
+            self.stock.model(input_ids=ids, labels=wanted).loss.backward()
             g = torch.where(self.mask, self.stock.read(gradient=True), 0)
             self.norms.append(float(g.norm()))
             total += g * min(1.0, privacy.clip / self.norms[-1])
@@ -162,9 +173,8 @@ def test_the_loss_is_the_mean_of_the_examples(lab: Callable[..., Lab]) -> None:
     stock, losses = Stock(one, 1), []
     for example in one.batch(1, 0):
         ids = torch.as_tensor(one.store.of(example))[None]
-        labels = ids.clone()
-        labels[:, : one.store.label_start[example]] = -100
-        losses.append(stock.model(input_ids=ids, labels=labels).loss.item())
+        wanted = labels(one.store, example)[None]
+        losses.append(stock.model(input_ids=ids, labels=wanted).loss.item())
     assert len(losses) == EXAMPLES and block.loss_first[0] == pytest.approx(np.mean(losses), 1e-5)
 
 
@@ -181,9 +191,7 @@ def test_a_lower_rank_has_noise_in_its_own_numbers(lab: Callable[..., Lab]) -> N
 
 def without(one: Lab, examples: Sequence[int]) -> Lab:
     """The same data of which these examples have no labels."""
-    start = one.store.label_start.copy()
-    start[list(examples)] = one.store.lengths[list(examples)]
-    return replace(one, store=replace(one.store, label_start=start))
+    return replace(one, store=unlabelled(one.store, examples))
 
 
 def first_gradient(one: Lab, client: int, **train: Any) -> Tensor:

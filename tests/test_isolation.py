@@ -125,7 +125,7 @@ def test_passes_hold_every_token_once(shared_prefix: bool, budget: int) -> None:
             ]
     for c, step in enumerate(picked):
         for s, e in enumerate(step):
-            tokens, start = store.of(e).tolist(), int(store.label_start[e])
+            tokens, start = store.of(e).tolist(), int(store.first[e])
             assert rebuilt.pop((c, s)) == tokens
             assert labels.pop((c, s)) == list(enumerate(tokens))[start:]
             real += len(tokens)

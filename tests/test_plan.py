@@ -25,6 +25,7 @@ from fedsim.core import Population
 from fedsim.data.tokens import TokenStore
 from fedsim.packing import Step, cut, pack
 from fedsim.plan import Load, Part, Shift, plan_round, sampled, schedule
+from tests.lab import stored
 
 CPU = torch.device("cpu")
 KEY = seeds.run_key(3)
@@ -191,8 +192,7 @@ def store(seed: int = 0, examples: int = 40, prompt: int = 12) -> TokenStore:
         row = np.concatenate([head, rng.integers(1, 99, int(rng.integers(2, 40)) + answer)])
         ids.append(row)
         starts.append(len(row) - answer)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return TokenStore(np.concatenate(ids), offsets, np.array(starts))
+    return stored(ids, starts)
 
 
 def unpacked(batch: PackedBatch) -> list[tuple[int, int, list[int], list[tuple[int, int, float]]]]:
@@ -255,10 +255,10 @@ def test_packing_loses_nothing(
     for c, step in enumerate(steps):
         mine = sorted((g for g in got if g[0] == c), key=lambda g: g[1])
         assert [g[1] for g in mine] == list(range(n))
-        labels = sum(len(from_store.of(e)) - from_store.label_start[e] for e in step.examples)
+        labels = sum(len(from_store.of(e)) - from_store.first[e] for e in step.examples)
         weight = np.float32(1 / max(1, labels))
         for (_, _, tokens, found), e in zip(mine, step.examples, strict=True):
-            start = int(from_store.label_start[e])
+            start = int(from_store.first[e])
             assert tokens == from_store.of(e).tolist()
             assert found == [(i - 1, tokens[i], weight) for i in range(start, len(tokens))]
 
@@ -296,8 +296,7 @@ def test_chunks_by_hand() -> None:
     rng = np.random.default_rng(0)
     rows = [np.concatenate([np.arange(1, 9), 50 + rng.permutation(99)[: n - 8]])
             for n in (30, 30, 50, 20)]  # fmt: skip
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
-    made = TokenStore(np.concatenate(rows), offsets, np.array([20, 20, 20, 15]))
+    made = stored(rows, [20, 20, 20, 15])
     strict = Train(mode="strict", chunk_tokens=70, tile=16)
     alone, shared = (cut(made, np.arange(4), strict, share=on) for on in (False, True))
     assert alone.units == shared.units == ((0, 2), (2, 4))

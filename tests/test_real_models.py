@@ -22,12 +22,13 @@ from fedsim import model, peft_io, weights
 from fedsim.adapters import initial_row
 from fedsim.config import build
 from fedsim.data.embedded import finance
-from fedsim.data.tokens import TokenStore, encode, training_text
+from fedsim.data.pieces import label
+from fedsim.data.tokens import TokenStore, training_text
 from fedsim.domains import PROMPT
 from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Request, Sampling
 from fedsim.evaluate.stock import Stock as StockBackend
-from tests.lab import CLIENTS, EXAMPLES, GRADIENT, KEY, Lab, logits
+from tests.lab import CLIENTS, EXAMPLES, GRADIENT, KEY, Lab, logits, stored
 from tests.real import REAL, real
 from tests.stock import Stock
 from tests.test_memory import the_plan_says_the_peak
@@ -46,12 +47,10 @@ def texts(tokenizer: Any) -> TokenStore:
     for row in rows:
         asked = f"{row['instruction']}\n{row['input']}"
         text = training_text(asked, row["output"])
-        start = len(PROMPT.format(instruction=asked))
-        ((tokens, first),) = encode(tokenizer, [text], start)
-        ids.append(np.array([*tokens, tokenizer.eos_token_id]))
-        starts.append(first)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return TokenStore(np.concatenate(ids), offsets, np.array(starts))
+        ((tokens, trained),) = label(tokenizer, [text], eos=tokenizer.eos_token_id)
+        ids.append(np.array(tokens))
+        starts.append(int(trained.argmax()))
+    return stored(ids, starts)
 
 
 @pytest.fixture(scope="module", params=REAL)

@@ -29,7 +29,7 @@ from fedsim.model import Base
 from fedsim.plan import step_examples
 from fedsim.record import Meter
 from fedsim.train import Trainer
-from tests.lab import DELTA, KEY, distance, open_base
+from tests.lab import DELTA, KEY, distance, open_base, stored
 
 M = 7
 SIZES = (3, 20, 5, 30, 9, 2, 12)  # examples of each client
@@ -49,8 +49,7 @@ def examples(seed: int = 5) -> TokenStore:
             own = int(shape.integers(3, 10 + 5 * c)) + answer
             ids.append(np.concatenate([prefix, rng.integers(1, 384, own)]))
             starts.append(len(ids[-1]) - answer)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    return TokenStore(np.concatenate(ids), offsets, np.array(starts))
+    return stored(ids, starts)
 
 
 @dataclass(frozen=True)

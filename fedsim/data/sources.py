@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.config import Data
+from fedsim.data import files, hub
 from fedsim.domains import DataSet, Domain, Row, Task
 from fedsim.errors import DataError, nearest
 
@@ -23,7 +22,7 @@ class Rows:
     """Rows of one set, with a label of their origin and a hash of their content."""
 
     rows: list[dict[str, Any]]
-    origin: str  # "hub:<id>@<revision>", "directory:<file>" or "embedded:<name>"
+    origin: str  # hub:<id>@<revision>, folder:, file:, directory: or embedded:<name>
     digest: str
 
     def __len__(self) -> int:
@@ -34,7 +33,8 @@ def _digest(rows: Iterable[Row], origin: str, columns: tuple[str, ...]) -> str:
     h = hashlib.sha256()
     for i, row in enumerate(rows):
         try:
-            h.update(json.dumps([row[c] for c in columns], ensure_ascii=False).encode())
+            cells = [row.get(column) for column in columns]
+            h.update(json.dumps(cells, ensure_ascii=False).encode())
         except UnicodeEncodeError as half:
             raise DataError(
                 f"{origin}, row {i}: a text is no Unicode ({half.reason})",
@@ -43,7 +43,9 @@ def _digest(rows: Iterable[Row], origin: str, columns: tuple[str, ...]) -> str:
     return h.hexdigest()
 
 
-def _check(rows: list[dict[str, Any]], origin: str, columns: tuple[str, ...]) -> Rows:
+def _check(
+    rows: list[dict[str, Any]], origin: str, columns: tuple[str, ...], optional: tuple[str, ...]
+) -> Rows:
     if not rows:
         raise DataError(f"{origin} has no rows", expected="at least one")
     for i, row in enumerate(rows):
@@ -51,10 +53,11 @@ def _check(rows: list[dict[str, Any]], origin: str, columns: tuple[str, ...]) ->
         if missing:
             raise DataError(
                 f"{origin}, row {i}: column {missing[0]!r} is missing or null",
-                expected=f"columns {', '.join(columns)}",
+                expected=f"columns {', '.join(columns)}"
+                + f", and {', '.join(optional)} if there is one" * bool(optional),
                 remedy=f"The row has {', '.join(row)}.",
             )
-    return Rows(rows, origin, _digest(rows, origin, columns))
+    return Rows(rows, origin, _digest(rows, origin, (*columns, *optional)))
 
 
 def directory(data: Data) -> Path:
@@ -71,62 +74,23 @@ def directory(data: Data) -> Path:
     return path
 
 
-def _read_directory(data: Data, domain: Domain, dataset: DataSet) -> list[dict[str, Any]]:
-    folder = directory(data) / domain.folder
-    path = folder / f"{dataset.name}.{dataset.split}.jsonl.gz"
-    if not path.is_file():
-        there = [p.name for p in folder.glob("*.jsonl.gz")] if folder.is_dir() else []
-        raise DataError(
-            "data file", got=str(path), expected="an existing file",
-            remedy=f"In {folder}: {', '.join(sorted(there)) or 'nothing'}.",
-        )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a row is an object, not {line.strip()[:40]!r}")
-                rows.append(row)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as failure:
-        raise DataError(
-            f"{path}, line {len(rows) + 1}: {failure}",
-            expected="gzip-compressed JSON lines",
-            remedy="Copy the file again.",
-        ) from None
-    return rows
+def load(
+    data: Data, domain: Domain, dataset: DataSet, columns: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> Rows:  # fmt: skip
+    """The rows of one set from the configured source. Raises DataError with the remedy.
 
-
-def _read_hub(dataset: DataSet) -> tuple[list[dict[str, Any]], str]:
-    import datasets
-
-    rows: list[dict[str, Any]] = []
-    try:
-        for config in dataset.configs or (None,):
-            if dataset.prepare == "quarter":
-                parts = datasets.load_dataset(dataset.hub, config, revision=dataset.revision)
-                joined = datasets.concatenate_datasets(list(parts.values()))
-                table = joined.train_test_split(test_size=0.25, seed=42)["test"]
-            else:
-                table = datasets.load_dataset(
-                    dataset.hub, config, split=dataset.split, revision=dataset.revision
-                )
-            rows += table
-    except Exception as failure:
-        raise DataError(
-            f"hub data set {dataset.hub!r} cannot be loaded ({type(failure).__name__}: {failure})",
-            remedy="Without a network use --data-dir PATH, or --set data.source=embedded.",
-        ) from failure
-    return rows, f"hub:{dataset.hub}@{dataset.revision or 'main'}"
-
-
-def load(data: Data, domain: Domain, dataset: DataSet, columns: tuple[str, ...]) -> Rows:
-    """The rows of one set from the configured source. Raises DataError with the remedy."""
-    if data.source == "hub":
-        rows, origin = _read_hub(dataset)
+    Args:
+        columns: what every row must have. optional: what it may have.
+    """
+    if data.source == "hub" and Path(dataset.hub).is_file():
+        rows, origin = files.read(Path(dataset.hub)), f"file:{Path(dataset.hub).name}"
+    elif data.source == "hub":
+        rows, origin = hub.read(dataset)
     elif data.source == "directory":
-        rows = _read_directory(data, domain, dataset)
-        origin = f"directory:{domain.folder}/{dataset.name}.{dataset.split}"
+        name = f"{dataset.name}.{dataset.split}"
+        rows = files.read(files.find(directory(data) / domain.folder, name))
+        origin = f"directory:{domain.folder}/{name}"
     else:
         if domain.embedded is None:
             raise DataError(
@@ -138,11 +102,14 @@ def load(data: Data, domain: Domain, dataset: DataSet, columns: tuple[str, ...])
         origin = f"embedded:{domain.name}/{dataset.name}.{dataset.split}"
     if dataset.read is not None:
         rows = [dataset.read(row) for row in rows]
-    return _check(rows, origin, columns)
+    return _check(rows, origin, columns, optional)
 
 
 def training_set(data: Data, domain: Domain) -> DataSet:
-    """The training set by name: the domain's first unless `data.train` names another."""
+    """The training set by name: the domain's first unless `data.train` names another.
+
+    From the hub that is an id, id@revision, a folder, or a file of JSON lines.
+    """
     if data.source == "embedded":
         return DataSet(domain.name, "train")
     if data.train is None:
@@ -150,9 +117,23 @@ def training_set(data: Data, domain: Domain) -> DataSet:
     for dataset in domain.train:
         if data.train in (dataset.name, dataset.hub):
             return dataset
-    if data.source == "hub":
-        return DataSet(data.train.rpartition("/")[2], "train", data.train)
-    return DataSet(data.train, "train")
+    if data.source == "directory":
+        return DataSet(data.train, "train")
+    path = Path(data.train).expanduser()
+    if path.is_file() and not path.name.endswith(files.ENDINGS):
+        raise DataError(
+            "data.train", got=data.train, expected=f"a file {' or '.join(files.ENDINGS)}",
+            remedy="Give its folder: CSV and Parquet files are read there.",
+        )  # fmt: skip
+    if path.exists():
+        return DataSet(path.resolve().name, "train", str(path))
+    name, _, revision = data.train.partition("@")
+    if path.is_absolute() or data.train.startswith((".", "~")) or name.count("/") > 1:
+        raise DataError(
+            "data.train", got=data.train,
+            expected="an existing folder or file, or an id of the hub", remedy="Correct the path.",
+        )  # fmt: skip
+    return DataSet(name.rpartition("/")[2], "train", name, revision=revision or None)
 
 
 def tasks(data: Data, domain: Domain, names: tuple[str, ...]) -> dict[str, Task]:

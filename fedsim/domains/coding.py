@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from fedsim.completion import CPP, HUMANEVAL, JAVASCRIPT, MBPP, Dialect, decided, lenient, strict
-from fedsim.domains import DataSet, Domain, Form, Generation, Item, Program, Row, Task, joined
+from fedsim.domains import DataSet, Domain, Form, Generation, Item, Program, Row, Task, cell, joined
 from fedsim.forms import listed, texts
 
 SECONDS = 30.0  # ours: the slowest MBPP reference takes 9 s alone on a small machine
@@ -19,7 +19,7 @@ SECONDS = 30.0  # ours: the slowest MBPP reference takes 9 s alone on a small ma
 
 def pair(row: Row) -> tuple[str, str]:
     """Instruction and input joined by a space, as the leaderboard's code app does."""
-    return f"{row['instruction']} {row['input']}", str(row["output"])
+    return f"{cell(row, 'instruction')} {cell(row, 'input')}", cell(row, "output")
 
 
 def humaneval(row: Row) -> Item:
@@ -98,7 +98,8 @@ DOMAIN = Domain(
         DataSet("codealpaca", "train", "flwrlabs/code-alpaca-20k"),
         DataSet("codealpaca_new", "train"),
     ),
-    columns=("instruction", "input", "output"),
+    columns=("instruction", "output"),
+    optional=("input",),
     pairs={"flowertune": pair, "fedsim": joined},
     clients=10,
     folder="code",

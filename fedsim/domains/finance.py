@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedsim import extraction
-from fedsim.domains import PROMPT, DataSet, Domain, Form, Generation, Item, Row, Task, joined
+from fedsim.domains import PROMPT, DataSet, Domain, Form, Generation, Item, Row, Task, cell, joined
 from fedsim.forms import number, ours, real, texts
+from fedsim.tasks import CONVERTED
 
 LABELS = ("negative", "neutral", "positive")
 QUESTION = (
@@ -22,7 +23,7 @@ Read = Callable[[Row], tuple[str, str, str]]  # row -> text, news or tweet, labe
 
 def pair(row: Row) -> tuple[str, str]:
     """Instruction and input joined by a space, as the leaderboard's finance app does."""
-    return f"{row['instruction']} {row['input']}", str(row["output"])
+    return f"{cell(row, 'instruction')} {cell(row, 'input')}", cell(row, "output")
 
 
 def fpb(row: Row) -> tuple[str, str, str]:
@@ -87,13 +88,14 @@ _HUB = "takala/financial_phrasebank"
 DOMAIN = Domain(
     name="finance",
     train=(DataSet("fingpt_sentiment", "train", "flwrlabs/fingpt-sentiment-train"),),
-    columns=("instruction", "input", "output"),
+    columns=("instruction", "output"),
+    optional=("input",),
     pairs={"flowertune": pair, "fedsim": joined},
     clients=50,
     folder="finance",
     tasks={
         "fpb": Task(
-            DataSet("fpb", "test", _HUB, ("sentences_50agree",), prepare="quarter"),
+            DataSet("fpb", "test", _HUB, ("sentences_50agree",), CONVERTED, prepare="quarter"),
             ("sentence", "label"), _FPB,
         ),
         "fiqa": Task(

@@ -1,14 +1,15 @@
 """General NLP: instruction following on Alpaca-GPT4, asked with MMLU.
 
 Sets: Peng et al., Instruction tuning with GPT-4, arXiv:2304.03277; Hendrycks et al., MMLU,
-arXiv:2009.03300.
+arXiv:2009.03300. The official script reads lukaemon/mmlu, which has a loading script that datasets
+no longer runs; cais/mmlu has the same questions as Parquet files.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fedsim.domains import DataSet, Domain, Row, Task, joined
+from fedsim.domains import DataSet, Domain, Row, Task, cell, joined
 from fedsim.forms import Quiz, lettered, listed, number
 
 SUBJECTS = {
@@ -35,7 +36,7 @@ SUBJECTS = {
 
 def pair(row: Row) -> tuple[str, str]:
     """The `input` column is dropped, as the leaderboard's app drops it."""
-    return str(row["instruction"]), str(row["output"])
+    return cell(row, "instruction"), cell(row, "output")
 
 
 def dolly(row: Row) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def dolly(row: Row) -> dict[str, Any]:
 
 
 def stored(row: Row) -> dict[str, Any]:
-    """lukaemon/mmlu's columns (input, A to D, target) under cais/mmlu's names."""
+    """lukaemon/mmlu's columns (input, A to D, target), where a copy has them, under cais/mmlu's."""
     if "target" not in row:
         return dict(row)
     options, gold = [row.get(letter) for letter in "ABCD"], str(row["target"])
@@ -73,7 +74,7 @@ _COLUMNS = ("question", "choices", "answer")
 
 def _task(category: str) -> Task:
     configs = tuple(SUBJECTS[category].split())
-    data = DataSet(f"mmlu_{category}", "test", "lukaemon/mmlu", configs, read=stored)
+    data = DataSet(f"mmlu_{category}", "test", "cais/mmlu", configs, read=stored)
     return Task(data, _COLUMNS, _FORMS)
 
 
@@ -84,7 +85,8 @@ DOMAIN = Domain(
         DataSet("alpaca", "train", "tatsu-lab/alpaca"),
         DataSet("dolly", "train", "databricks/databricks-dolly-15k", read=dolly),
     ),
-    columns=("instruction", "input", "output"),
+    columns=("instruction", "output"),
+    optional=("input",),
     pairs={"flowertune": pair, "fedsim": joined},
     clients=20,
     folder="general",

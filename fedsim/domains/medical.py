@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from reprlib import repr
 
 from fedsim import extraction
-from fedsim.domains import PROMPT, DataSet, Domain, Item, Row, Task
+from fedsim.domains import PROMPT, DataSet, Domain, Item, Row, Task, cell
 from fedsim.forms import Quiz, chat, lettered, listed, number, official, ours, texts
+from fedsim.tasks import CONVERTED
 
 DECISIONS = ("yes", "no", "maybe")
 CORRECT = (
@@ -38,7 +39,7 @@ ENTRANCE = (
 
 def pair(row: Row) -> tuple[str, str]:
     """The constant `instruction` column is dropped; `input` is the instruction."""
-    return str(row["input"]), str(row["output"])
+    return cell(row, "input"), cell(row, "output")
 
 
 def medmcqa(row: Row) -> Quiz:
@@ -89,6 +90,7 @@ _MEDMCQA = lettered(ENTRANCE, medmcqa)
 _OPTIONS = ("question", "opa", "opb", "opc", "opd", "cop")
 _MEADOW = "medical_meadow_medical_flashcards"
 _WIKIDOC = "medical_meadow_wikidoc_patient_information"
+_MED_QA = "484a6c066fe8e75c83edea0c88b5169316714fcd"  # Parquet files, no loading script
 
 DOMAIN = Domain(
     name="medical",
@@ -102,12 +104,17 @@ DOMAIN = Domain(
     folder="medical",
     tasks={
         "pubmedqa": Task(
-            DataSet("pubmedqa", "test", "bigbio/pubmed_qa", ("pubmed_qa_labeled_fold0_source",)),
+            DataSet(
+                "pubmedqa", "test", "bigbio/pubmed_qa", ("pubmed_qa_labeled_fold0_source",),
+                CONVERTED,
+            ),
             ("QUESTION", "CONTEXTS", "final_decision"), _PUBMEDQA,
         ),
-        "medmcqa": Task(DataSet("medmcqa", "validation", "medmcqa"), _OPTIONS, _MEDMCQA),
+        "medmcqa": Task(
+            DataSet("medmcqa", "validation", "openlifescienceai/medmcqa"), _OPTIONS, _MEDMCQA
+        ),
         "medqa": Task(
-            DataSet("medqa", "test", "bigbio/med_qa", ("med_qa_en_4options_source",)),
+            DataSet("medqa", "test", "bigbio/med_qa", ("med_qa_en_4options_source",), _MED_QA),
             ("question", "options", "answer"), lettered(LICENSING, medqa),
         ),
         "careqa": Task(

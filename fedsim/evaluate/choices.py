@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.batch import PackedBatch, Packer
-from fedsim.data.tokens import encode
+from fedsim.data import pieces
 from fedsim.lora import Pass
 from fedsim.model import Base
 from fedsim.prefix import common_prefix
@@ -44,12 +44,11 @@ class Answer:
 
 
 def question(tokenizer: Any, prompt: str, choices: Sequence[str]) -> Question:
-    """Tokenise prompt + " " + choice whole, as in training, so the boundary reads the same."""
-    texts = [f"{prompt} {choice}" for choice in choices]
-    encoded = encode(tokenizer, texts, len(prompt))
-    rows = tuple(np.array(ids) for ids, _ in encoded)
-    stem = common_prefix(rows, min(len(r) for r in rows) - 1)
-    return Question(rows, tuple(s for _, s in encoded), stem)
+    """Prompt + " " + choice, whose tokens are those that training would train."""
+    found = pieces.label(tokenizer, [[(prompt, False), (f" {c}", True)] for c in choices])
+    rows = tuple(np.array(ids) for ids, _ in found)
+    start = tuple(int(own.argmax()) if own.any() else len(own) for _, own in found)
+    return Question(rows, start, common_prefix(rows, min(len(r) for r in rows) - 1))
 
 
 Asked = tuple[int, Question]  # of which adapter

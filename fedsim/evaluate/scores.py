@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.core import Score
+from fedsim.data import pieces
 from fedsim.evaluate import sandbox
 from fedsim.evaluate.generation import Adapter, Backend, Output, Request, Sampling
 from fedsim.evaluate.statistics import proportion
@@ -121,7 +122,7 @@ def comparable(scores: Iterable[Mapping[str, Any]], training: str = "hub:") -> s
 def most_tokens(form: Form, items: Sequence[Item], tokenizer: Any) -> list[int]:
     """New tokens that each answer may have, at least 1 (see `domains.Generation`)."""
     generation, most = form.generation, []
-    given = [len(ids) for ids in tokenizer([item.prompt for item in items])["input_ids"]]
+    given = [len(ids) for ids, _ in pieces.read(tokenizer, [item.prompt for item in items])]
     for first in range(0, len(items), generation.batch):
         batch = slice(first, first + generation.batch)
         n = generation.max_new

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from fedsim.data import pieces
 from fedsim.errors import DataError
 from fedsim.evaluate.generation import End, Output, Request
 
@@ -17,8 +18,11 @@ def ends(tokenizer: Any, settings: Any) -> frozenset[int]:
 
 
 def tokenise(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
-    """Prompts as the tokenizer reads them by itself. Raises DataError for one without tokens."""
-    ids: list[list[int]] = tokenizer([r.prompt for r in requests])["input_ids"]
+    """Prompts as they begin a text: BOS once, where the tokenizer adds one, and no EOS behind.
+
+    Raises DataError for one without tokens.
+    """
+    ids = [row for row, _ in pieces.read(tokenizer, [r.prompt for r in requests])]
     for request, row in zip(requests, ids, strict=True):
         if not row:
             raise DataError(

@@ -95,7 +95,7 @@ def plots(folder: Path) -> dict[str, str]:
     rounds = RunFolder(folder).read("rounds.jsonl")
     scores: list[dict[str, Any]] = json.loads((folder / "scores.json").read_text())
     out = {}
-    if trained := [r for r in rounds if r["loss_first"] is not None]:
+    if trained := [r for r in rounds if None not in (r["loss_first"], r["loss_last"])]:
         out["loss"] = curve(
             [r["round"] for r in trained],
             {"first step": [r["loss_first"] for r in trained],

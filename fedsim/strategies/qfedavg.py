@@ -2,7 +2,8 @@
 
     x <- x + sum_k F_k^q L d_k / sum_k (q F_k^(q-1) L^2 ||d_k||^2 + L F_k^q)        d_k = x_k - x
 
-F_k is the client's loss at x, on its first step's examples; L is 1/lr. q = 0 is the uniform mean.
+F_k is the client's loss at x, on its first step's examples, or 0 where these have no labels and
+nothing is measured; L is 1/lr. q = 0 is the uniform mean.
 L d_k stands for a gradient, which holds for one step of SGD. AdamW's steps are about lr in every
 coordinate: ||L d_k||^2 is about the number of parameters, or more, and x hardly moves. `lipschitz`
 gives another L: the smaller, the closer to the mean weighted by F_k^q.
@@ -49,15 +50,20 @@ class QFedAvg(Strategy):
         # A schedule may end at rate 0, where every update is 0 and any finite L gives 0.
         q, lip = self.q, self.lipschitz or 1 / max(float(plan.lr.max()), 1e-30)
 
+        def unmeasured(block: ClientUpdates) -> np.ndarray:
+            # Where privacy hides losses it hides tokens too, and the losses stay NaN.
+            return np.asarray(np.isnan(block.loss_first) & np.isfinite(block.tokens))
+
         def loss(block: ClientUpdates) -> np.ndarray:
-            return np.asarray(np.where(block.ok, block.loss_first, 1.0) + 1e-10)
+            known = np.where(unmeasured(block), 0.0, block.loss_first)
+            return np.asarray(np.where(block.ok, known, 1.0) + 1e-10)
 
         def above(block: ClientUpdates) -> np.ndarray:
             return np.asarray(lip * loss(block) ** q)
 
         def below(block: ClientUpdates) -> np.ndarray:
             norm = torch.linalg.vector_norm(block.delta, dim=1, dtype=torch.float64).cpu().numpy()
-            square = np.where(block.ok, lip * norm, 0.0) ** 2
+            square = np.where(block.ok & ~unmeasured(block), lip * norm, 0.0) ** 2
             return np.asarray(q * loss(block) ** (q - 1) * square + above(block))
 
         sums = reduce.sums(plan, updates, above, below)
