@@ -66,30 +66,30 @@ def answer(subject: Subject, name: str, task: Questions) -> list[dict[str, Any]]
     A record has the text that is graded as `output`, and as `mended` the one that `MENDED` grades.
     """
     form, n = task.form, len(task.items)
-    metrics = graded(subject, form)
+    absent = {*form.metrics} - {*graded(subject, form)}
     asked = questions(subject, form, task.items)
     # Where padding changes what is written, the unpadded prompt is continued beside it.
     twice = [i for i, r in enumerate(asked) if r.padded and behind(subject.tokenizer)]
     again = [replace(asked[i], padded=0) for i in twice]
-    outputs = subject.backend.generate(
+    written = subject.backend.generate(
         [*asked, *again], subject.adapters, sampling(form, subject.defaults)
     )
-    outputs, more = outputs[: len(asked)], outputs[len(asked) :]
-    mended = dict(enumerate(outputs)) | dict(zip(twice, more, strict=True))
+    outputs = mended = written[: len(asked)]
+    if twice:
+        more = dict(zip(twice, written[len(asked) :], strict=True))
+        mended = [more.get(i, output) for i, output in enumerate(outputs)]
+    ranges = [slice(a * n, a * n + n) for a in range(len(subject.adapters))]
+    grades = [g for r in ranges for g in grade(form, task.items, outputs[r], mended[r])]
     lines = []
-    grades = [g for a in range(len(subject.adapters))
-              for g in grade(form, task.items, outputs[a * n : (a + 1) * n],
-                             [mended[i] for i in range(a * n, (a + 1) * n)])]  # fmt: skip
-    for i, (output, marks) in enumerate(zip(outputs, grades, strict=True)):
+    for i, (output, other, marks) in enumerate(zip(outputs, mended, grades, strict=True)):
         a, item = i // n, task.items[i % n]
-        texts = {"output": output.text}
-        if MENDED in metrics:
-            texts = {"output": output.text if len(metrics) > 1 else mended[i].plain,
-                     "mended": mended[i].plain}  # fmt: skip
+        texts = {} if absent else {"output": output.text}
+        if MENDED in form.metrics:
+            texts["mended"] = other.plain
         line: dict[str, Any] = {
             "round": subject.rounds[a], "adapter": subject.adapters[a].name, "task": name,
             "index": i % n, "prompt": item.prompt, "gold": item.gold, **texts,
-            "end": output.end, **{metric: marks[metric] for metric in metrics},
+            "end": output.end, **{m: mark for m, mark in marks.items() if m not in absent},
         }  # fmt: skip
         if output.logprob:
             best = item.choices[int(np.argmax(output.logprob))]
