@@ -25,6 +25,7 @@ class Cache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._rows: Tensor | None = None  # which packed rows are kept; None: all
         self._slots = self._positions = torch.empty(0, dtype=torch.int64)  # where
+        self._last = self._positions  # position of the last key that each new row sees
         self._order: Tensor | None = None  # packed row of each slot; None: as they come
         self._span = (0, 0)  # lowest and highest position of the new rows
         self._seen: dict[int, tuple[slice, Tensor]] = {}
@@ -35,12 +36,20 @@ class Cache:
         self._rows, self._slots, self._positions = rows, slots, positions
         self.steps = False
 
-    def extend(self, slots: np.ndarray, positions: np.ndarray, device: torch.device) -> None:
-        """The next pass has one row of each of the first slots, (n,) in packed order."""
-        both = on_device(np.stack([slots, positions, np.argsort(slots)]), device)
-        self._rows, (self._slots, self._positions, order) = None, both
+    def extend(
+        self, slots: np.ndarray, positions: np.ndarray, device: torch.device, *,
+        unseen: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """The next pass has one row of each of the first slots, (n,) in packed order.
+
+        Args:
+            unseen: (n,) rows whose key nobody sees, themselves included.
+        """
+        last = positions if unseen is None else positions - unseen
+        all_ = on_device(np.stack([slots, positions, np.argsort(slots), last]), device)
+        self._rows, (self._slots, self._positions, order, self._last) = None, all_
         self._order = None if (slots == np.arange(len(slots))).all() else order
-        self._span = int(positions.min()), int(positions.max())
+        self._span = int(last.min()), int(positions.max())
         self._seen.clear()
         self.steps = True
 
@@ -81,7 +90,7 @@ class Cache:
         if window not in self._seen:
             low, high = self._span
             span = slice(max(0, low - window + 1) if window else 0, high + 1)
-            at = self._positions if self._order is None else self._positions[self._order]
+            at = self._last if self._order is None else self._last[self._order]
             distance = at[:, None] - torch.arange(span.start, span.stop, device=at.device)
             seen = (distance >= 0) & (distance < (window or self.length))
             self._seen[window] = span, seen[:, None, None]

@@ -13,14 +13,23 @@ CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a set to Parqu
 
 @dataclass(frozen=True)
 class Program:
-    """Code to run in the sandbox; it passes when it ends by itself with exit code 0."""
+    """Code to run in the sandbox; it passes when it ends by itself with exit code 0.
+
+    Attributes:
+        seconds: wall time.
+        build: wall time of its compiler.
+        early: that may be before its last line, as `exit(0)` does.
+    """
 
     language: Literal["python", "javascript", "cpp"]
     source: str
-    seconds: float  # wall time
+    seconds: float
+    build: float = 30.0
+    early: bool = False
 
 
 Grades = Mapping[str, bool | Program]  # metric -> a hit, or the program that decides
+MENDED = "official, mended"  # the metric beside "official" that leaves its script's accidents out
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class Generation:
         batch: prompts of one call of the official script, which `max_new = 0` refers to.
         stop: the answer ends before the first of these.
         temperature: 0 is greedy; None: as the model's own generation_config says.
+        padded: the official script pads each batch to its longest prompt, on the tokenizer's side.
+        one_end: only the tokenizer's own EOS ends an answer there.
+        special: special tokens stay in the text, where the tokenizer's EOS is one more stop text.
     """
 
     max_new: int
@@ -60,6 +72,9 @@ class Generation:
     temperature: float | None = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    padded: bool = False
+    one_end: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ class Form:
         item: row -> question.
         grade: (question, output, which ends before a stop text) -> metric -> hit. Never raises,
             whatever the output holds.
-        metrics: the names that `grade` gives, the main one first.
+        metrics: the names that `grade` gives, the main one first. `MENDED` is graded by the same
+            tokens without special ones, up to the model's first end, and of an unpadded prompt.
         decided: True once no continuation of an output can change its grades.
         likelihood: the most probable of `choices` is scored as well.
         shared_outputs: equal prompts are graded by the output of the last one, as the official

@@ -30,6 +30,11 @@ class Call:
     top_k: int | None = None
     stop: tuple[str, ...] = ()
     seconds: float = 0.0  # of one program
+    build: float = 0.0  # of a compiler
+    padding: bool = False  # tokenizer(..., padding=True), and the mask is given
+    eos: bool = False  # eos_token_id=tokenizer.eos_token_id is given
+    skip_special_tokens: bool = True
+    process: bool = False  # the program is a process; its exit code alone is looked at
 
 
 MCQ, BOOLEAN, SENTIMENT, CODE = "mcq", "boolean", "sentiment", "code"
@@ -228,6 +233,47 @@ def _get_reference(task: str, doc: Row) -> str:
     return tests
 
 
+def tokenizer_with_pad(tokenizer: Any) -> tuple[Any, int | None]:
+    """finance/eval.py: the tokenizer, and what the embeddings are resized to, if they are."""
+    if not tokenizer.pad_token or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        return tokenizer, len(tokenizer)
+    return tokenizer, None
+
+
+def position_ids(attention_mask: Any) -> Any:
+    """transformers 4, generation/utils.py `prepare_inputs_for_generation`, at every step."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    positions.masked_fill_(attention_mask == 0, 1)
+    return positions
+
+
+def stops(task: str, tokenizer: Any) -> list[str]:
+    """generation.py: the task's own, and the tokenizer's EOS."""
+    stop_words = list(generation(task).stop)
+    if stop_words and tokenizer.eos_token:
+        stop_words.append(tokenizer.eos_token)
+    return stop_words
+
+
+def end_of_function(task: str, tokenizer: Any, new_tokens: Sequence[int]) -> bool:
+    """generation.py `EndOfFunctionCriteria`, of one sequence, behind its prompt."""
+    (decoded,) = tokenizer.batch_decode([list(new_tokens)])
+    return any(stop_string in decoded for stop_string in stops(task, tokenizer))
+
+
+def code(task: str, doc: Row, tokenizer: Any, s: Sequence[int]) -> str:
+    """utils.py `update_code_gens` and the task's `postprocess_generation`: the text that the tests
+    are put behind, from the whole sequence of tokens."""
+    assert tokenizer.eos_token in stops(task, tokenizer)  # the branch that the script takes then
+    if s[0] == tokenizer.bos_token_id:
+        s = s[1:]
+    gen_code = tokenizer.decode(s, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    gen_code = gen_code[len("") :]  # args.prefix
+    prompt = _get_prompt(task, doc)
+    return prompt + _stop_at_stop_token(gen_code[len(prompt) :], stops(task, tokenizer))
+
+
 def _stop_at_stop_token(decoded: str, stop_tokens: Sequence[str]) -> str:
     first = len(decoded)
     for token in stop_tokens:
@@ -261,7 +307,7 @@ def gold(task: str, row: Row) -> str | None:
 def generation(task: str) -> Call:
     """The official call: its arguments, and what the guide's command line sets."""
     if KIND[task] == SENTIMENT:
-        return Call(batch=32, max_length=512)
+        return Call(batch=32, max_length=512, padding=True, eos=True)
     if KIND[task] in (MCQ, BOOLEAN):
         return Call(batch=16, max_new_tokens="gold", do_sample=False, temperature=1.0, top_p=1.0)
     stop, seconds = {
@@ -270,7 +316,8 @@ def generation(task: str) -> Call:
     }[task]  # fmt: skip
     return Call(
         batch=1, max_length=2048 if task == "mbpp" else 1024, do_sample=True, temperature=0.2,
-        top_p=0.95, top_k=0, stop=stop, seconds=seconds,
+        top_p=0.95, top_k=0, stop=stop, seconds=seconds, build=15.0, skip_special_tokens=False,
+        process=task in ("multiple-js", "multiple-cpp"),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fedsim.config import Data
 from fedsim.data import sources
 from fedsim.domains import Form, Generation, Item, Program
 from fedsim.errors import DataError
-from fedsim.tasks import chance, majority
+from fedsim.tasks import MENDED, chance, majority
 from tests.conftest import require
 
 REAL = Path(os.environ.get("FEDSIM_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -122,7 +122,8 @@ def test_tasks_and_protocols(name: str) -> None:
     assert list(domain.embedded_tasks) == [EMBEDDED[name]]
     for task in (*domain.tasks.values(), *domain.embedded_tasks.values()):
         assert list(task.forms) == ["flowertune", "fedsim"]
-        assert task.forms["flowertune"].metrics == ("official",)
+        mended = (MENDED,) if name in ("finance", "coding") else ()
+        assert task.forms["flowertune"].metrics == ("official", *mended)
         assert task.forms["fedsim"].metrics == ("strict", "lenient")
     assert list(domain.pairs) == ["flowertune", "fedsim"]
 
@@ -211,7 +212,9 @@ def test_generation_settings() -> None:
     assert {form(t).generation for t in TEXT if t not in ("fpb", "fiqa", "tfns", "newswire")} == {
         gold
     }
-    drawn = Generation(max_new=0, max_length=512, batch=32, temperature=None)
+    drawn = Generation(
+        max_new=0, max_length=512, batch=32, temperature=None, padded=True, one_end=True
+    )
     assert {form(t).generation for t in ("fpb", "fiqa", "tfns", "newswire")} == {drawn}
     limits = [("humaneval", 1024, 3), ("mbpp", 2048, 3), ("multipl_js", 1024, 5),
               ("multipl_cpp", 1024, 15), ("snippets", 1024, 3)]  # fmt: skip
@@ -224,7 +227,8 @@ def test_generation_settings() -> None:
             0.95,
             0,
         )
-        assert isinstance(program, Program) and program.seconds == seconds
+        assert isinstance(program, Program) and (program.seconds, program.build) == (seconds, 15)
+        assert g.special and program.early is (task in ("multipl_js", "multipl_cpp"))
         assert form(task).precision == "full" and form(task).decided is None
         own = form(task, "fedsim")
         assert own.generation == Generation(max_new=512) and own.precision == "base"

@@ -34,7 +34,7 @@ from fedsim.evaluate.engine import Engine
 from fedsim.evaluate.generation import Adapter, Output, Request, Sampling
 from fedsim.evaluate.prefill import Prompt, fitting, pack
 from fedsim.evaluate.stock import Stock
-from fedsim.evaluate.writing import Writing
+from fedsim.evaluate.writing import Reader, Writing
 from tests.lab import open_base
 
 pytestmark = pytest.mark.filterwarnings(
@@ -317,10 +317,8 @@ def test_half_a_character_decides_nothing(tokenizer: Any) -> None:
     ids = tokenizer("né")["input_ids"]
     assert len(ids) == 3 and tokenizer.decode(ids[:2]) == "n\ufffd"
     asked: list[str] = []
-    writing = Writing(
-        Request("", 0, 9, ("é!",), lambda text: bool(asked.append(text))),
-        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), {0},
-    )  # fmt: skip
+    request = Request("", 0, 9, ("é!",), lambda text: bool(asked.append(text)))
+    writing = Writing(request, [], Reader(tokenizer, None))
     for token in [*ids, *tokenizer("!")["input_ids"]]:
         assert writing.end is None
         writing.add(token)
@@ -328,11 +326,7 @@ def test_half_a_character_decides_nothing(tokenizer: Any) -> None:
 
 
 def test_tokens_that_end_a_text_are_not_in_it(tokenizer: Any) -> None:
-    def decode(tokens: list[int]) -> str:
-        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-    writing = Writing(Request("", 0, 9), decode, {0})
+    writing = Writing(Request("", 0, 9), [], Reader(tokenizer, None))
     for token in [*tokenizer("up")["input_ids"], 0]:
         writing.add(token)
     assert writing.output() == Output("up", (*tokenizer("up")["input_ids"], 0), "eos")
@@ -525,19 +519,6 @@ def test_the_plain_backend_is_generate(
     ]
     engine = made.engine(tokenizer).generate(ending, made.adapters, GREEDY)
     assert stock(made, tokenizer, batch=batch).generate(ending, made.adapters, GREEDY) == engine
-
-
-def test_padding_on_the_tokenizers_side(
-    settings: Settings, tokenizer: Any, bench: Make, oracle: Any
-) -> None:
-    """On the right, transformers continues short prompts behind their padding; long ones stay."""
-    made = bench(settings)
-    asked = [Request(p, 0, 10) for p in (PROMPTS[2], PROMPTS[7])]
-    assert tokenizer.padding_side == "right"
-    padded = stock(made, tokenizer, batch=2, padding="tokenizer")
-    long, short = padded.generate(asked, made.adapters, GREEDY)
-    assert long.tokens == oracle(made)(0, PROMPTS[2], 10)
-    assert short.tokens != oracle(made)(0, PROMPTS[7], 10)
 
 
 def test_the_plain_backend_draws_by_its_seed(

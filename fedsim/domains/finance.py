@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from fedsim import extraction
 from fedsim.domains import PROMPT, DataSet, Domain, Form, Generation, Item, Row, Task, cell, joined
 from fedsim.forms import number, ours, real, texts
-from fedsim.tasks import CONVERTED
+from fedsim.tasks import CONVERTED, MENDED
 
 LABELS = ("negative", "neutral", "positive")
 QUESTION = (
@@ -49,6 +49,8 @@ def _official(read: Read) -> Form:
 
     The official script decodes prompt and answer in one, special tokens left out, and looks between
     the first two `Answer: ` of that text; so does this, from the prompt's text and the answer's.
+    Its batches are padded, and only the tokenizer's own EOS ends an answer; `MENDED` reads that of
+    the unpadded prompt, up to the model's first end.
     """
 
     def item(row: Row) -> Item:
@@ -59,14 +61,17 @@ def _official(read: Read) -> Form:
 
     def grade(item: Item, output: str) -> dict[str, bool]:
         part, _ = extraction.official_part(item.prompt, output)
-        return {"official": extraction.official_sentiment(part) == item.gold}
+        hit = extraction.official_sentiment(part) == item.gold
+        return {"official": hit, MENDED: hit}
 
     def decided(item: Item, output: str) -> bool:
         part, closed = extraction.official_part(item.prompt, output)
         return closed or extraction.official_sentiment(part) == "positive"
 
-    generation = Generation(max_new=0, max_length=512, batch=32, temperature=None)
-    return Form(item, grade, ("official",), generation, decided)
+    generation = Generation(
+        max_new=0, max_length=512, batch=32, temperature=None, padded=True, one_end=True
+    )
+    return Form(item, grade, ("official", MENDED), generation, decided)
 
 
 def _ours(read: Read) -> Form:

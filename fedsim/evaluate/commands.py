@@ -27,14 +27,13 @@ _SYSTEM = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; its wall time is its own (`Program.seconds`)."""
+    """What one program may use; its wall time, and its compiler's, is its own (`Program`)."""
 
     memory: int = 2 << 30  # bytes, of one process and of all together
     processes: int = 64  # threads included
     files: int = 128  # open at once, by one process
     size: int = 64 << 20  # bytes of one file; the folder holds four times as much
     output: int = 1 << 20  # bytes of stdout and stderr together
-    compile: float = 30.0  # seconds
 
 
 @cache
@@ -95,7 +94,7 @@ def steps(program: Program, box: str, limits: Limits) -> list[Step]:
         options = [f"--max-old-space-size={limits.memory >> 21}", "--openssl-config=/dev/null"]
         return [step([path, *options, "run.js", f"{box}/main.js"], program.seconds, token)]
     build = [path, "-std=c++17", "-Wl,--wrap=main", "-o", "main", "main.cpp", "run.cpp"]
-    return [step(build, limits.compile), step([f"{box}/main"], program.seconds, token)]
+    return [step(build, program.build), step([f"{box}/main"], program.seconds, token)]
 
 
 def _limits(command: str, seconds: float, limits: Limits) -> dict[int, int]:

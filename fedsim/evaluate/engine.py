@@ -2,8 +2,9 @@
 
 Prompts are computed in packed passes (`prefill.py`); the log-probabilities of choices that are one
 token are read off their last rows. Then every live sequence has one row a pass, rows of an adapter
-adjacent, and its keys and values in a cache (`cache.py`). A sequence leaves at an EOS, a stop text,
-when it is decided, or at its last token; others take its place. Greedy text is that of
+adjacent, and its keys and values in a cache (`cache.py`); a padded prompt has the first of these
+rows for its pad token (`padding.py`). A sequence leaves at an EOS, a stop text, when it is decided,
+or at its last token; others take its place. Greedy text is that of
 transformers' `generate` under stock PEFT, up to ties within rounding.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -27,8 +29,9 @@ from fedsim.evaluate.choices import answer, question
 from fedsim.evaluate.drawing import Drawing
 from fedsim.evaluate.generation import Adapter, Output, Request, Sampling
 from fedsim.evaluate.loaded import Loaded, load
+from fedsim.evaluate.padding import POSITION, behind, check_windows, embedded, pad_token
 from fedsim.evaluate.prefill import Prompt, fitting, pack
-from fedsim.evaluate.writing import Writing, ends, tokenise
+from fedsim.evaluate.writing import Reader, Writing, tokenise
 from fedsim.model import Base, check_config
 from fedsim_kernels.segments import Segments
 
@@ -39,11 +42,19 @@ _PROMPTS = 256  # of one pass: its tree is built from a table of all pairs
 
 @dataclass
 class Live:
-    """A sequence in the cache; its slot there is its place in the list of the live."""
+    """A sequence in the cache; its slot there is its place in the list of the live.
+
+    Attributes:
+        choices: tokens, where each choice is one; else empty.
+        pads: what the prompt is padded with, as the text that repetitions are counted in; or ().
+        padded: a pad token behind the prompt draws the first token.
+    """
 
     prompt: Prompt
     writing: Writing
-    choices: np.ndarray  # tokens, where each choice is one; else empty
+    choices: np.ndarray
+    pads: tuple[int, ...] = ()
+    padded: bool = False
     logprob: tuple[float, ...] = ()
 
     @property
@@ -55,6 +66,11 @@ class Live:
     def length(self) -> int:
         """Tokens so far; the last one is not yet in the cache."""
         return len(self.prompt.ids) + len(self.writing.tokens)
+
+    @property
+    def waits(self) -> bool:
+        """The next row is its pad token's."""
+        return self.padded and not self.writing.tokens
 
 
 class Engine:
@@ -69,6 +85,7 @@ class Engine:
 
     name = "engine"
     ranks = True
+    pads = True
 
     def __init__(
         self, base: Base, tokenizer: Any, adapter: config.Adapter, budget: int, *,
@@ -85,7 +102,8 @@ class Engine:
         """One output a request, in order.
 
         Raises:
-            ModelError: an adapter does not fit, or the model asks for what is not computed here.
+            ModelError: an adapter does not fit, or the model asks for what is not computed here
+                (`padding.check_windows`).
             DataError: a prompt has no tokens.
             RunError: an adapter gives logits that are not finite.
         """
@@ -100,23 +118,38 @@ class Engine:
         ]
         longest = max(len(p.ids) + r.max_new for p, r in zip(prompts, requests, strict=True))
         check_config(self._base.model.config, longest, "prompt and answer")
-        eos = ends(self._tokenizer, self._settings)
-        writings = [Writing(r, self._decode, eos) for r in requests]
+        reader = Reader(self._tokenizer, self._settings)
+        all_ = [Live(p, Writing(r, p.ids.tolist(), reader), self._single(p, r))
+                for p, r in zip(prompts, requests, strict=True)]  # fmt: skip
+        pad = self._pad(all_)
         loaded = load(self._base, adapters, self._adapter)
-        call = _Call(self._base, loaded, drawing, [a.name for a in adapters], self._budget)
+        call = _Call(self._base, loaded, drawing, [a.name for a in adapters], self._budget, pad)
         # Long ones first, so that those who are live together are about as long.
-        all_ = [Live(p, w, self._single(p, w.request))
-                for p, w in zip(prompts, writings, strict=True)]  # fmt: skip
         order = sorted(all_, key=lambda s: (s.prompt.adapter, -len(s.prompt.ids) - s.most))
         try:
-            call.first_tokens(deque(s for s in order if s.most == 1))
-            call.write(deque(s for s in order if s.most > 1), longest, self._cache_rows)
+            with embedded(self._base.model, pad) if pad >= 0 else nullcontext():
+                call.first_tokens(deque(s for s in order if s.most == 1 and not s.padded))
+                call.write(deque(s for s in order if s.most > 1 or s.padded), longest,
+                           self._cache_rows)  # fmt: skip
             self._rank(
                 loaded, [s for s in order if len(s.choices) < len(s.writing.request.choices)]
             )
         finally:
             self._base.rest()
         return [replace(s.writing.output(), logprob=s.logprob) for s in all_]
+
+    def _pad(self, all_: Sequence[Live]) -> int:
+        """Mark the prompts that are shorter than they are padded to; the pad token, -1 if none."""
+        short = [s for s in all_ if len(s.prompt.ids) < s.writing.request.padded]
+        if not short:
+            return -1
+        pad, known = pad_token(self._tokenizer), len(self._base.head)
+        for s in short:
+            s.padded, s.pads = behind(self._tokenizer), (pad,) if pad < known else ()
+        if behind(self._tokenizer):
+            longest = max(s.writing.request.padded + s.most for s in short)
+            check_windows(self._base.model.config, longest)
+        return pad
 
     def _single(self, prompt: Prompt, request: Request) -> np.ndarray:
         """The choices as tokens that follow the prompt, where each is one; else nothing."""
@@ -139,19 +172,16 @@ class Engine:
             for sequence, one in zip(some, found, strict=True):
                 sequence.logprob = tuple(one.logprob.tolist())
 
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
 
 class _Call:
     """One call of `generate`: what its passes share."""
 
     def __init__(
-        self, base: Base, loaded: Loaded, drawing: Drawing, names: Sequence[str], budget: int
-    ) -> None:
+        self, base: Base, loaded: Loaded, drawing: Drawing, names: Sequence[str], budget: int,
+        pad: int,
+    ) -> None:  # fmt: skip
         self._base, self._loaded, self._drawing = base, loaded, drawing
-        self._names, self._budget = names, budget
+        self._names, self._budget, self._pad = names, budget, pad
         self._rows: tuple[tuple[int, ...], Segments] = ((), Segments.build([], []))
 
     def first_tokens(self, waiting: deque[Live]) -> None:
@@ -181,7 +211,8 @@ class _Call:
         return [waiting.popleft() for _ in range(n)]
 
     def _prefill(self, group: Sequence[Live], cache: Cache | None, first: int) -> None:
-        """Compute prompts and write the first token of each; keep them from slot `first` on."""
+        """Compute prompts and write the first token of each that no pad token draws; keep them
+        from slot `first` on."""
         base = self._base
         filled = pack([s.prompt for s in group], self._loaded.ranks, base.device)
         batch = filled.batch
@@ -190,7 +221,12 @@ class _Call:
             cache.fill(rows, prompts + first, positions)
         work = self._loaded.work(base, batch.segments, batch.label_rows, batch.label_segments)
         hidden = base.hidden(batch.input_ids, batch.position_ids, work, cache)
-        rows, z = [group[i] for i in filled.order], base.logits(hidden)
+        ready = [at for at, i in enumerate(filled.order) if not group[i].padded]
+        if not ready:
+            return
+        if len(ready) < len(group):
+            hidden = hidden[on_device(np.array(ready), base.device)]
+        rows, z = [group[filled.order[at]] for at in ready], base.logits(hidden)
         self._read_choices(rows, z)
         self._add(rows, z)
 
@@ -199,11 +235,13 @@ class _Call:
         base = self._base
         slots = np.argsort([s.prompt.adapter for s in live], kind="stable")
         rows = [live[i] for i in slots]
-        positions = np.array([s.length - 1 for s in rows])
-        cache.extend(slots, positions, base.device)
-        ids = on_device(np.array([s.writing.tokens[-1] for s in rows]), base.device)
+        waits = np.array([s.waits for s in rows])
+        # A pad token's key lies where the first token's will, which is written over it.
+        places = np.array([s.length for s in rows]) - ~waits
+        cache.extend(slots, places, base.device, unseen=waits if waits.any() else None)
+        tokens = [self._pad if s.waits else s.writing.tokens[-1] for s in rows]
+        ids, at = on_device(np.stack([tokens, np.where(waits, POSITION, places)]), base.device)
         work = self._loaded.work(base, self._segments([s.prompt.adapter for s in rows]))
-        at = on_device(positions, base.device)
         self._add(rows, base.logits(base.hidden(ids, at, work, cache)))
 
     def _segments(self, adapters: Sequence[int]) -> Segments:
@@ -229,7 +267,7 @@ class _Call:
         """Choose each one's next token; the logits z (n, V) are overwritten."""
         chosen = self._drawing(
             z, [s.prompt.request for s in rows],
-            [(s.prompt.ids, s.writing.tokens) for s in rows],
+            [(s.prompt.ids, s.pads, s.writing.tokens) for s in rows],
         )  # fmt: skip
         for sequence, token in zip(rows, chosen, strict=True):
             if token < 0:

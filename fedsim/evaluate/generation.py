@@ -41,6 +41,10 @@ class Request:
         stop: the continuation ends before the first of these texts.
         decided: continuation so far -> True once nothing further matters; then it may end early.
         choices: answers whose log-probabilities are wanted as well, of a backend that ranks.
+        padded: tokens that a shorter prompt is padded to, of a backend that pads (`padding.py`).
+        one_end: only the tokenizer's own EOS ends the continuation.
+        special: special tokens stay in the text, which is read behind the prompt as the official
+            harness reads it: cut out of the whole by the prompt's length, less a first BOS.
     """
 
     prompt: str
@@ -49,6 +53,9 @@ class Request:
     stop: tuple[str, ...] = ()
     decided: Callable[[str], bool] | None = None
     choices: tuple[str, ...] = ()
+    padded: int = 0
+    one_end: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,24 @@ class Output:
     """A continuation: special tokens left out of the text, which ends before a stop text.
 
     Attributes:
+        text: by the rules of the request.
         tokens: all that were written, with the one that ended the text.
         logprob: of each of the request's choices, after the prompt and a space; () without any,
             and from a backend that does not rank.
+        mended: what a request without `one_end` and `special` reads in these tokens, or None where
+            it has neither.
     """
 
     text: str
     tokens: tuple[int, ...]
     end: End
     logprob: tuple[float, ...] = ()
+    mended: str | None = None
+
+    @property
+    def plain(self) -> str:
+        """The text by the rules of every other request."""
+        return self.text if self.mended is None else self.mended
 
 
 class Backend(Protocol):
@@ -97,10 +113,12 @@ class Backend(Protocol):
 
     Attributes:
         ranks: its outputs have the log-probabilities of the requests' choices.
+        pads: it continues a padded prompt as transformers does.
     """
 
     name: str
     ranks: bool
+    pads: bool
 
     def generate(
         self, requests: Sequence[Request], adapters: Sequence[Adapter], sampling: Sampling

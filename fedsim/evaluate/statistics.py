@@ -84,7 +84,9 @@ METRICS = {
     "likelihood": "the right choice is the most probable",
     "strict": "the answer is exactly the right one",
     "lenient": "the answer says the right one",
-    "official": "graded by the leaderboard's own script",
+    "official": "graded by the leaderboard's rules, re-implemented",
+    "official, mended": "the same without its scripts' accidents: no padding before the answer, no "
+    "special tokens in it, and no end of a program before its tests",
 }
 
 

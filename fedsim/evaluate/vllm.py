@@ -7,6 +7,8 @@ vLLM pins its own torch, so it lives in `.venv-vllm` (`make install-vllm`) and i
   base is given an adapter of zeros, and the worker refuses a batch that mixes the two;
 * log-probabilities of a prompt crash beside adapters: this backend has no likelihood.
 
+It knows no padding, so that `official` of the finance tasks cannot be had of it (`padding.py`).
+
 `Request.decided` cannot be asked in another process: it is asked afterwards, token by token, which
 saves no time but gives the text of the other backends.
 """
@@ -30,7 +32,7 @@ from fedsim.core import pick_device
 from fedsim.errors import ConfigError, ModelError
 from fedsim.evaluate.generation import Adapter, Output, Request, Sampling
 from fedsim.evaluate.vllm_process import Worker
-from fedsim.evaluate.writing import Writing, ends, tokenise
+from fedsim.evaluate.writing import Reader, Writing, tokenise
 from fedsim.weights import Weights
 
 PYTHON = Path(".venv-vllm/bin/python")
@@ -53,7 +55,7 @@ class VLLM:
 
     name = "vllm"
     ranks = False
-    ranks = False
+    pads = False
 
     def __init__(
         self, weights: Weights, tokenizer: Any, config: Config, python: Path | None = None, *,
@@ -84,7 +86,7 @@ class VLLM:
                               remedy=INSTALL)  # fmt: skip
         self.folder = weights.path.resolve()
         self.tokenizer = tokenizer
-        self.eos = ends(tokenizer, _generation(self.folder))
+        self.reader = Reader(tokenizer, _generation(self.folder))
         self.patience = patience
         self.dtype = str(pretrained.compute_dtype(config, pick_device(config.run.device)))[6:]
         self.rank = next(r for r in RANKS if r >= rank)
@@ -116,7 +118,7 @@ class VLLM:
         Raises:
             DataError: a prompt has no tokens.
             ConfigError: an adapter is only a row, has DoRA or too high a rank, or a sequence is
-                longer than the model's context, or a request has choices to rank.
+                longer than the model's context, or a request has choices to rank or is padded.
             ModelError: an adapter cannot be read, or vLLM cannot be imported where it should be.
             RunError: the worker failed, or made no progress for `patience` seconds.
         """
@@ -128,6 +130,11 @@ class VLLM:
                 expected="generation only",
                 remedy="vLLM cannot score prompts beside adapters: use the engine backend.",
             )
+        if any(request.padded for request in requests):
+            raise ConfigError(
+                "padded prompts with the vllm backend", expected="prompts as they are",
+                remedy="Use the engine backend.",
+            )  # fmt: skip
         ids = tokenise(self.tokenizer, requests)
         need = max(len(i) + r.max_new for i, r in zip(ids, requests, strict=True))
         try:
@@ -135,7 +142,7 @@ class VLLM:
                 batch = Path(scratch) / "batch.json"
                 batch.write_text(json.dumps({
                     "adapters": self._folders(requests, adapters, Path(scratch) / "zero"),
-                    "requests": _plain(requests, ids, sampling.seed),
+                    "requests": self._plain(requests, ids, sampling.seed),
                     "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p,
                                  "top_k": sampling.top_k},
                 }))  # fmt: skip
@@ -145,24 +152,20 @@ class VLLM:
             raise
         if not self._warm:
             self.close()
-        return [self._output(request, got[i]) for i, request in enumerate(requests)]
+        return [self._output(r, ids[i], got[i]) for i, r in enumerate(requests)]
 
-    def _output(self, request: Request, answer: dict[str, Any]) -> Output:
+    def _output(self, request: Request, ids: list[int], answer: dict[str, Any]) -> Output:
         """What vLLM wrote, written once more by the rules of the other backends.
 
         Its own detokeniser decodes beside the prompt, and differs at the very beginning.
         """
-        writing = Writing(request, self._decode, self.eos)
+        writing = Writing(request, ids, self.reader)
         for token in answer["tokens"]:
             writing.add(token)
             if writing.end:
                 break
         writing.end = writing.end or answer["end"]
         return writing.output()
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
 
     def _start(self, need: int) -> Worker:
         """The worker, with room for sequences of `need` tokens."""
@@ -185,6 +188,24 @@ class VLLM:
             command = [str(self.python), "-I", str(SCRIPT), json.dumps(settings)]
             self._worker = Worker(command, environment, self.patience, INSTALL)
         return self._worker
+
+    def _plain(
+        self, requests: Sequence[Request], ids: Sequence[list[int]], seed: int
+    ) -> list[dict[str, Any]]:
+        """Requests as JSON holds them, adapter by adapter: a slot is then filled once, and prefixes
+        that an adapter's prompts share lie near each other."""
+        key = seeds.run_key(seed)
+        order = sorted(range(len(requests)), key=lambda i: requests[i].adapter)
+        return [
+            {
+                "index": i, "ids": ids[i], "adapter": requests[i].adapter,
+                "max_new": requests[i].max_new, "stop": list(requests[i].stop),
+                "seed": (key + i) % (1 << 63), "special": requests[i].special,
+                # Where the tokenizer's own EOS alone ends a text, the model's others are ignored.
+                "ends": sorted(self.reader.ends(requests[i])) if requests[i].one_end else [],
+            }
+            for i in order
+        ]  # fmt: skip
 
     def _folders(
         self, requests: Sequence[Request], adapters: Sequence[Adapter], zero: Path
@@ -226,23 +247,6 @@ class VLLM:
             )  # fmt: skip
         peft_io.write_plain(into, found)  # vLLM reads no patterns, pickles or modules per layer
         return into
-
-
-def _plain(
-    requests: Sequence[Request], ids: Sequence[list[int]], seed: int
-) -> list[dict[str, Any]]:
-    """Requests as JSON holds them, adapter by adapter: a slot is then filled once, and prefixes
-    that an adapter's prompts share lie near each other."""
-    key = seeds.run_key(seed)
-    order = sorted(range(len(requests)), key=lambda i: requests[i].adapter)
-    return [
-        {
-            "index": i, "ids": ids[i], "adapter": requests[i].adapter,
-            "max_new": requests[i].max_new, "stop": list(requests[i].stop),
-            "seed": (key + i) % (1 << 63),
-        }
-        for i in order
-    ]  # fmt: skip
 
 
 def _zeros(like: Path, folder: Path) -> Path:

@@ -45,8 +45,9 @@ def add(engine: Any, batch: dict[str, Any]) -> None:
         raise ValueError("on a CPU, vLLM answers a request without adapter with another's adapter")
     for r in batch["requests"]:
         parameters = SamplingParams(
-            max_tokens=r["max_new"], stop=r["stop"], seed=r["seed"], **batch["sampling"]
-        )
+            max_tokens=r["max_new"], stop=r["stop"], seed=r["seed"], ignore_eos=bool(r["ends"]),
+            stop_token_ids=r["ends"], skip_special_tokens=not r["special"], **batch["sampling"],
+        )  # fmt: skip
         engine.add_request(
             str(r["index"]), {"prompt_token_ids": r["ids"]}, parameters,
             lora_request=loras[r["adapter"]],

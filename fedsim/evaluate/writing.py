@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedsim.data import pieces
@@ -31,6 +31,34 @@ def tokenise(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     return ids
 
 
+class Reader:
+    """How tokens become text, and which of them end it."""
+
+    def __init__(self, tokenizer: Any, settings: Any) -> None:
+        """`settings`: the model's generation_config, or None."""
+        self.tokenizer = tokenizer
+        self.model_ends = ends(tokenizer, settings)
+
+    def ends(self, request: Request) -> frozenset[int]:
+        """The tokens that end this request's continuation."""
+        return frozenset([self.tokenizer.eos_token_id]) if request.one_end else self.model_ends
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text with or without special tokens."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=not special)
+        return text
+
+    def behind(self, prompt: Sequence[int], tokens: Sequence[int], length: int) -> str:
+        """What the official harness takes for the continuation: prompt and tokens in one, special
+        ones kept, less a first BOS and as many characters as the prompt was given in."""
+        ids = [*prompt, *tokens]
+        whole: str = self.tokenizer.decode(
+            ids[ids[0] == self.tokenizer.bos_token_id :], skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+        return whole[length:]
+
+
 def before(text: str, stop: Sequence[str]) -> str | None:
     """The text before the first of some texts, or None where there is none of them."""
     found = [at for s in stop if (at := text.find(s)) >= 0]
@@ -40,24 +68,25 @@ def before(text: str, stop: Sequence[str]) -> str | None:
 class Writing:
     """One request, token by token.
 
+    Args:
+        prompt: its tokens.
+
     Attributes:
         tokens: new ones so far, the one that ended it included.
         end: what ended it, or None.
     """
 
-    def __init__(
-        self, request: Request, decode: Callable[[list[int]], str], eos: Collection[int]
-    ) -> None:
+    def __init__(self, request: Request, prompt: Sequence[int], reader: Reader) -> None:
         self.request = request
         self.tokens: list[int] = []
         self.end: End | None = None
-        self._decode, self._eos = decode, eos
+        self._prompt, self._reader, self._ends = prompt, reader, reader.ends(request)
 
     def add(self, token: int) -> None:
         """Append a token and see whether it is the last."""
         request = self.request
         self.tokens.append(token)
-        if token in self._eos:
+        if token in self._ends:
             self.end = "eos"
         elif self._settled():
             return
@@ -69,7 +98,7 @@ class Writing:
         if not stop and decided is None:
             return False
         # The whole list, again and again: pieces of a character or of a word decode together.
-        text = self._decode(self.tokens)
+        text = self._reader.decode(self.tokens, self.request.special)
         if before(text, stop) is not None:
             self.end = "stop"
         # U+FFFD at the end may be a character that is not yet whole.
@@ -80,6 +109,15 @@ class Writing:
     def output(self) -> Output:
         """What was written."""
         assert self.end is not None
-        text = self._decode(self.tokens)
-        cut = before(text, self.request.stop)
-        return Output(text if cut is None else cut, tuple(self.tokens), self.end)
+        request, tokens, reader = self.request, self.tokens, self._reader
+        text, mended = reader.decode(tokens), None
+        if request.one_end or request.special:
+            at = next((i for i, token in enumerate(tokens) if token in reader.model_ends), None)
+            mended = self._cut(text if at is None else reader.decode(tokens[: at + 1]))
+        if request.special:
+            text = reader.behind(self._prompt, tokens, len(request.prompt))
+        return Output(self._cut(text), tuple(tokens), self.end, mended=mended)
+
+    def _cut(self, text: str) -> str:
+        found = before(text, self.request.stop)
+        return text if found is None else found
