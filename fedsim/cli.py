@@ -17,6 +17,7 @@ from rich.table import Table
 from fedsim import config as configuration
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FedSimError
+from fedsim.flowertune import App
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -43,12 +44,12 @@ Set = Annotated[
 def configure(
     source: Path | None, preset: str | None, domain: str | None, data_dir: Path | None,
     assignments: list[str],
-) -> tuple[Config, tuple[str, ...]]:  # fmt: skip
-    """The configuration of a command line, and the files of an app that are not executed."""
+) -> tuple[Config, App | None]:  # fmt: skip
+    """The configuration of a command line, and the app that it comes from."""
     from fedsim import domains, flowertune
 
     values: dict[str, Any] = configuration.preset(preset) if preset else {}
-    ignored: tuple[str, ...] = ()
+    imported: App | None = None
     origin = preset or "defaults"
     if source is not None:
         origin, source = str(source), source.resolve()
@@ -62,9 +63,8 @@ def configure(
                 read, {"run": {"out": str(source.parent), "name": source.name}}
             )
         elif flowertune.is_app(source):
-            chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
-            imported = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
-            read, ignored = imported.values, imported.ignored
+            over = [] if domain is None else [f"data.domain={domain}"]
+            read = (imported := flowertune.read_app(source, [*over, *assignments])).values
         else:
             raise ConfigError(
                 "configuration", got=origin,
@@ -82,7 +82,7 @@ def configure(
         "run": {"name": name.rpartition(".")[2]},
         "clients": {"number": domains.load(name).clients},
     }
-    return configuration.build(configuration.merge(defaults, values), origin), ignored
+    return configuration.build(configuration.merge(defaults, values), origin), imported
 
 
 def finished(folder: Path, config: Config) -> None:
@@ -126,7 +126,7 @@ def run(
 
     if (code := launch.spread(devices)) is not None:
         raise typer.Exit(code)
-    config, ignored = configure(source, preset, domain, data_dir, assignments or [])
+    config, imported = configure(source, preset, domain, data_dir, assignments or [])
     if reference is not None:
         from fedsim import references
 
@@ -141,8 +141,7 @@ def run(
     from fedsim.core import pick_device
     from fedsim.record import Meter, implementation
 
-    if ignored:
-        out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
+    display.app(out, imported)
     c = config
     out.print(
         f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "
@@ -156,7 +155,7 @@ def run(
     meter = Meter()
     try:
         with display.Display(out, meter):
-            folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter)
+            folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter, app=imported)
     except KeyboardInterrupt:
         err.print("stopped; go on with --resume")
         raise typer.Exit(130) from None
@@ -217,10 +216,11 @@ def plan(
     assignments: Set = None,
 ) -> None:
     """Say what a run will cost before it runs; no weights are loaded."""
-    config, _ = configure(source, preset, domain, data_dir, assignments or [])
+    config, imported = configure(source, preset, domain, data_dir, assignments or [])
     _quiet()
-    from fedsim import cost
+    from fedsim import cost, display
 
+    display.app(out, imported)
     estimate = cost.estimate(config)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in estimate.lines():

@@ -238,7 +238,7 @@ def _data(config: Config, found: weights.Weights) -> training.Training | None:
         return None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
-    rows = sources.load(config.data, domain, dataset, domain.columns)
+    rows = sources.load(config.data, domain, dataset, training.columns(config, domain))
     key = seeds.run_key(config.run.seed)
     return training.load(config, rows, domain, weights.tokenizer(found), key)
 

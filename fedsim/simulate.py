@@ -18,6 +18,7 @@ from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.dp_sgd import hidden
+from fedsim.flowertune import App
 from fedsim.folder import RunFolder, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -29,9 +30,13 @@ from fedsim.world import World, describe, load_world
 
 
 def run(
-    config: Config, *, resume: bool = False, fresh: bool = False, meter: Meter | None = None
-) -> Path:
+    config: Config, *, resume: bool = False, fresh: bool = False, meter: Meter | None = None,
+    app: App | None = None,
+) -> Path:  # fmt: skip
     """Simulate one run, or what is left of it; returns its folder.
+
+    Args:
+        app: that the configuration comes from; what it says of itself is kept with the run.
 
     Raises:
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
@@ -40,10 +45,10 @@ def run(
     if launch.rank():
         return workers.follow(config)
     with workers.leading():
-        return lead(config, resume, fresh, meter or Meter())
+        return lead(config, resume, fresh, meter or Meter(), app)
 
 
-def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
+def lead(config: Config, resume: bool, fresh: bool, meter: Meter, app: App | None = None) -> Path:
     """The loop, where others may help to train."""
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
@@ -61,7 +66,7 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
     saved = checkpoints.load_checkpoint(folder.checkpoints)
     folder.cut(saved.bytes_done if saved else {})
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
-    server, scores = begin(config, world, strategy, folder, memory, meter, saved)
+    server, scores = begin(config, world, strategy, folder, memory, meter, saved, app)
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds, due = config.server.rounds, evaluated(config, server.round)
     meter.rounds, meter.device = rounds - server.round, base.device
@@ -101,14 +106,14 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
 
 def begin(
     config: Config, world: World, strategy: Strategy, folder: RunFolder, memory: DiskMemory,
-    meter: Meter, saved: Checkpoint | None,
+    meter: Meter, saved: Checkpoint | None, app: App | None = None,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     """The server and its scores to go on from: what was saved, or a fresh run's, on disk."""
     if saved:
         server = saved.server.to(world.base.device)
         world.base.correction.apply(server.base)
         return server, saved.scores
-    folder.write_json("environment.json", describe(config, world))
+    folder.write_json("environment.json", describe(config, world) | (app.record() if app else {}))
     server, scores = world.first(strategy, config.adapter), []
     if config.evaluate.first:
         scores += score(folder, world.subject(server, memory, (), 1), world.tests, meter)

@@ -13,7 +13,7 @@ from fedsim.core import Population
 from fedsim.data import labels, partition, tokens
 from fedsim.data.sources import Rows
 from fedsim.data.tokens import TokenStore
-from fedsim.domains import Domain
+from fedsim.domains import Domain, spaced
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,20 @@ class Training:
     bad: np.ndarray
 
 
+def columns(config: Config, domain: Domain) -> tuple[str, ...]:
+    """What every row must have."""
+    joins = config.data.rows == "joined"
+    return ("instruction", "input", "output") if joins else domain.columns
+
+
 def load(config: Config, rows: Rows, domain: Domain, tokenizer: Any, key: int) -> Training:
     """Deal the rows out, then turn them into tokens; label-flipping clients get other answers."""
-    pair = domain.pairs[config.run.protocol]
+    joins = config.data.rows == "joined"
+    pair = spaced if joins else domain.pairs[config.run.protocol]
     pairs = [pair(row) for row in rows.rows[: config.data.limit]]
     population = partition.build(config, len(pairs), labels.of(config, rows.rows, domain))
     bad = attack.attackers(key, len(population), config.attack.fraction)
-    digest = f"{rows.digest}/{domain.name}/{len(pairs)}"
+    digest = f"{rows.digest}/{domain.name}/{len(pairs)}" + "/joined" * joins
     if config.attack.kind == "label_flip":
         of = attack.flipped([answer for _, answer in pairs], population, bad)
         pairs = [(question, pairs[i][1]) for (question, _), i in zip(pairs, of, strict=True)]

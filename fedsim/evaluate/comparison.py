@@ -188,4 +188,6 @@ def comparable(config: Config, scores: Sequence[Score]) -> str:
         reasons.append(f"{config.data.source} data instead of the hub's")
     if not all(s.whole for s in scores):
         reasons.append("a subset of the questions")
+    if config.model.dtype == "bfloat16":
+        reasons.append("computed in bfloat16 instead of float32")
     return f"not comparable with published scores: {', '.join(reasons)}" if reasons else ""
