@@ -54,6 +54,7 @@ setup(
         "fedsim.data.embedded",
         "fedsim.domains",
         "fedsim.evaluate",
+        "fedsim.flowertune",
         "fedsim.report",
         "fedsim.strategies",
         "fedsim_kernels",

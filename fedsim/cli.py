@@ -89,7 +89,7 @@ def run(
 
     if (code := launch.spread(devices)) is not None:
         raise typer.Exit(code)
-    config, ignored = configure(source, preset, domain, data_dir, assignments or [])
+    config, imported = configure(source, preset, domain, data_dir, assignments or [])
     if reference is not None:
         from fedsim import references
 
@@ -104,8 +104,7 @@ def run(
     from fedsim.core import pick_device
     from fedsim.record import Meter, implementation
 
-    if ignored:
-        out.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(ignored))}")
+    display.app(out, imported)
     c = config
     out.print(
         f"[bold]{c.run.name}[/bold]  {c.data.domain} ({c.data.source}) · {escape(c.model.name)} · "
@@ -119,7 +118,7 @@ def run(
     meter = Meter()
     try:
         with display.Display(out, meter):
-            folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter)
+            folder = simulate.run(config, resume=resume, fresh=fresh, meter=meter, app=imported)
     except KeyboardInterrupt:
         err.print("stopped; go on with --resume")
         raise typer.Exit(130) from None
@@ -187,10 +186,11 @@ def plan(
     assignments: Set = None,
 ) -> None:
     """Say what a run will cost before it runs; no weights are loaded."""
-    config, _ = configure(source, preset, domain, data_dir, assignments or [])
+    config, imported = configure(source, preset, domain, data_dir, assignments or [])
     _quiet()
-    from fedsim import cost
+    from fedsim import cost, display
 
+    display.app(out, imported)
     estimate = cost.estimate(config)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in estimate.lines():

@@ -15,6 +15,7 @@ from fedsim.channel import Channel
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
 from fedsim.privacy import Privacy
+from fedsim.schedule import Scheduled
 from fedsim.section import Section
 
 PRESETS = Path(__file__).parent / "presets"
@@ -68,6 +69,9 @@ class Data(Section):
     dir: str | None = Field(None, description="with source = directory; else FEDSIM_DATA")
     train: str | None = Field(None, description="training set; default: the domain's own")
     max_length: int = Field(512, ge=8)
+    rows: Literal["domain", "joined"] = Field(
+        "domain", description="joined: instruction, a space and input, whatever the domain"
+    )
     limit: int | None = Field(None, ge=1, description="use only the first n training rows")
     max_unlabelled: float = Field(0.1, ge=0, le=1, description="share of rows without a label")
 
@@ -83,7 +87,7 @@ class Server(Section):
     export_every: int = Field(5, ge=1, description="rounds between exported adapters")
 
 
-class Train(Section):
+class Train(Scheduled):
     steps: int = Field(10, ge=1, lt=1 << 16)
     batch: int = Field(16, ge=1, lt=1 << 16)
     lr_max: float = Field(5e-5, gt=0)
@@ -183,7 +187,7 @@ class Config(Section):
                 "run.protocol = flowertune"
             )
         server = self.channel.misfit(self.per_round) or self.privacy.misfit(self)
-        base = self.model.misfit()
+        base = self.model.misfit() or self.train.misfit()
         if misfit := self.clients.misfit() or self.attack.misfit() or server or base:
             raise ValueError(misfit)
         return self

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsim.errors import ConfigError
 from fedsim.layout import KINDS, AdapterLayout, Piece, SiteViews
+from fedsim.schedule import CONSTANT, Schedule
 
 if TYPE_CHECKING:
     from fedsim.reduce import Reduce
@@ -61,9 +62,20 @@ class RoundPlan:
     version: np.ndarray  # (M,) int64, the server round the client starts from
     lanes: tuple[np.ndarray, ...]
     population: int  # N
+    schedule: Schedule = CONSTANT  # of `lr` over the steps of a visit
 
     def __len__(self) -> int:
         return len(self.client_ids)
+
+    def rate(self, index: int, step: int) -> float:
+        """A client's learning rate at one of its steps."""
+        return float(self.lr[index]) * self.schedule.factor(step, int(self.steps[index]))
+
+    def travel(self, index: int) -> float:
+        """The sum of a client's learning rates over its steps."""
+        steps = int(self.steps[index])
+        factors = (self.schedule.factor(step, steps) for step in range(steps))
+        return float(self.lr[index]) * sum(factors)
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,8 @@ def _data(config: Config, found: weights.Weights, size: int) -> training.Trainin
         return None
     domain = domains.load(config.data.domain)
     dataset = sources.training_set(config.data, domain)
-    rows = sources.load(config.data, domain, dataset, domain.columns, domain.optional)
+    names = training.columns(config, domain)
+    rows = sources.load(config.data, domain, dataset, names, domain.optional)
     key = seeds.run_key(config.run.seed)
     tokenizer = weights.tokenizer(found)
     data = training.load(config, rows, domain, tokenizer, key)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fedsim.core import Score
 from fedsim.evaluate.statistics import interval
+from fedsim.flowertune import App
 from fedsim.record import FLOWERTUNE_BUDGET_MIB, Meter
 from fedsim.report import Change
 
@@ -195,6 +196,16 @@ def places(folder: Path) -> Table:
     for name, path in rows:
         out.add_row(Text(name, style="dim"), Text(str(path), overflow="fold"))
     return out
+
+
+def app(console: Console, imported: App | None) -> None:
+    """Print a line for each thing that is not as the app has it, and one for its code."""
+    for note in imported.notes if imported else ():
+        console.print(
+            f"[yellow]Not the app's own:[/yellow] [dim]{escape(note)}[/dim]", soft_wrap=True
+        )
+    if imported:
+        console.print(f"[yellow]Not executed:[/yellow] {escape(', '.join(imported.ignored))}")
 
 
 def over_budget(mib: float) -> str:

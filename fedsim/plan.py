@@ -16,6 +16,7 @@ from fedsim import seeds
 from fedsim.config import Config
 from fedsim.core import Population, RoundPlan
 from fedsim.dp_sgd import drawn
+from fedsim.schedule import Schedule
 
 WAITING = 4  # finished clients for each slot that may wait for one that comes before them
 
@@ -31,10 +32,7 @@ def pass_budget(config: Config, device: torch.device) -> int:
 
 
 def cosine_lr(round: int, rounds: int, lr_max: float, lr_min: float) -> float:
-    """lr_min + (lr_max - lr_min) (1 + cos(pi round / rounds)) / 2, for round 1..rounds.
-
-    Constant inside a round, as FlowerTune has it; the last round gets lr_min.
-    """
+    """lr_min + (lr_max - lr_min) (1 + cos(pi round / rounds)) / 2, for round 1..rounds."""
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * round / rounds))
 
 
@@ -94,6 +92,7 @@ def plan_round(
         version=np.full(m, round - 1),
         lanes=tuple(np.split(np.arange(m), np.flatnonzero(np.diff(_bucket(rank))) + 1)),
         population=len(population),
+        schedule=Schedule(train.schedule, train.warmup),
     )
 
 

@@ -16,13 +16,16 @@ from fedsim.weights import Weights, model_type
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it in hardware, else fp32; fp32 under `flowertune`.
+    """`model.dtype`; where that is auto, fp32 under `flowertune`, else bf16 where the device
+    multiplies it in hardware.
 
     On CPU that is AMX or AVX512-BF16: products of 2048 rows ran 2.4 times faster with the latter.
     """
-    if config.run.protocol == "flowertune" or config.model.dtype == "float32":
+    if config.model.dtype != "auto":
+        return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    if config.run.protocol == "flowertune":
         return torch.float32
-    if config.model.dtype == "bfloat16" or device.type == "cuda":
+    if device.type == "cuda":
         return torch.bfloat16
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedsim.client_memory import DiskMemory
 from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.dp_sgd import hidden
+from fedsim.flowertune import App
 from fedsim.folder import RunFolder, check_content, locked, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
@@ -29,9 +30,13 @@ from fedsim.world import World, describe, load_world
 
 
 def run(
-    config: Config, *, resume: bool = False, fresh: bool = False, meter: Meter | None = None
-) -> Path:
+    config: Config, *, resume: bool = False, fresh: bool = False, meter: Meter | None = None,
+    app: App | None = None,
+) -> Path:  # fmt: skip
     """Simulate one run, or what is left of it; returns its folder.
+
+    Args:
+        app: that the configuration comes from; what it says of itself is kept with the run.
 
     Raises:
         FedSimError: with value, expectation and remedy; finished rounds stay on disk.
@@ -40,22 +45,23 @@ def run(
     if launch.rank():
         return workers.follow(config)
     with workers.leading():
-        return lead(config, resume, fresh, meter or Meter())
+        return lead(config, resume, fresh, meter or Meter(), app)
 
 
-def lead(config: Config, resume: bool, fresh: bool, meter: Meter) -> Path:
+def lead(config: Config, resume: bool, fresh: bool, meter: Meter, app: App | None = None) -> Path:
     """The loop, where others may help to train."""
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
     with locked(Path(config.run.out) / config.run.name):
         folder = open_folder(config, resume=resume, fresh=fresh)
-        return simulated(config, strategy, wire, folder, meter)
+        return simulated(config, strategy, wire, folder, meter, app.record() if app else {})
 
 
 def simulated(
-    config: Config, strategy: Strategy, wire: Wire, folder: RunFolder, meter: Meter
-) -> Path:
-    """The loop over a folder that is kept for this process."""
+    config: Config, strategy: Strategy, wire: Wire, folder: RunFolder, meter: Meter,
+    noted: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """The loop over a folder that is kept for this process; `noted` goes into environment.json."""
     key = seeds.run_key(config.run.seed)
     world = load_world(config, key)
     if said := world.data.said(config.data.max_length):
@@ -72,7 +78,7 @@ def simulated(
     if saved:
         check_content(folder, describe(config, world))
     folder.cut(saved.bytes_done if saved else {})
-    server, scores = begin(config, world, strategy, folder, meter, saved)
+    server, scores = begin(config, world, strategy, folder, meter, saved, noted)
     memory = DiskMemory(folder.path / "clients", layout.size, saved.clients if saved else {})
     sent = sum(line["down_mib"] + line["up_mib"] for line in folder.read("rounds.jsonl"))
     rounds, due = config.server.rounds, evaluated(config, server.round)
@@ -113,7 +119,7 @@ def simulated(
 
 def begin(
     config: Config, world: World, strategy: Strategy, folder: RunFolder, meter: Meter,
-    saved: Checkpoint | None,
+    saved: Checkpoint | None, noted: Mapping[str, Any],
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     """The server and its scores to go on from: what was saved, or a fresh run's, on disk."""
     if saved:
@@ -121,7 +127,7 @@ def begin(
         world.base.correction.apply(server.base)
         return server, saved.scores
     folder.begin(config)
-    folder.write_json("environment.json", describe(config, world))
+    folder.write_json("environment.json", describe(config, world) | dict(noted))
     memory = DiskMemory(folder.path / "clients", world.base.layout.size)  # empty yet
     server, scores = world.first(strategy, config.adapter), []
     if config.evaluate.first:

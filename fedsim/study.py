@@ -8,17 +8,18 @@ from typing import Any
 from fedsim import config as configuration
 from fedsim.config import Config
 from fedsim.errors import ConfigError
+from fedsim.flowertune import App
 
 
 def configure(
     source: Path | None, preset: str | None, domain: str | None, data_dir: Path | None,
     assignments: list[str],
-) -> tuple[Config, tuple[str, ...]]:  # fmt: skip
-    """The configuration of a command line, and the files of an app that are not executed."""
+) -> tuple[Config, App | None]:  # fmt: skip
+    """The configuration of a command line, and the app that it comes from."""
     from fedsim import domains, flowertune, folder
 
     values: dict[str, Any] = configuration.preset(preset) if preset else {}
-    ignored: tuple[str, ...] = ()
+    imported: App | None = None
     origin = preset or "defaults"
     if source is not None:
         origin, source = str(source), source.resolve()
@@ -32,9 +33,8 @@ def configure(
                 read, {"run": {"out": str(source.parent), "name": source.name}}
             )
         elif flowertune.is_app(source):
-            chosen = [a.partition("=")[2] for a in assignments if a.startswith("server.strategy=")]
-            imported = flowertune.read_app(source, strategy=chosen[-1] if chosen else None)
-            read, ignored = imported.values, imported.ignored
+            over = [] if domain is None else [f"data.domain={domain}"]
+            read = (imported := flowertune.read_app(source, [*over, *assignments])).values
         else:
             raise ConfigError(
                 "configuration", got=origin,
@@ -53,4 +53,4 @@ def configure(
     if "name" not in values.get("run", {}):
         run = config.run.model_copy(update={"name": folder.default_name(config)})
         config = config.model_copy(update={"run": run})
-    return config, ignored
+    return config, imported

@@ -254,7 +254,7 @@ class Trainer:
             begins[part.slot] = part.first == 0
             active[part.slot] = part.completes
             first[part.slot] = part.completes and part.step == 0
-            lr[part.slot] = plan.lr[who[part.slot]]
+            lr[part.slot] = plan.rate(who[part.slot], part.step)
             number[part.slot] = part.step + 1
         for part, step in parts:
             unlabelled[part.slot] = part.completes and not step.labels.any()

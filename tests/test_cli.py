@@ -318,9 +318,9 @@ def test_where_values_come_from(tmp_path: Path) -> None:
     """A preset, then the file, then options, then --set."""
     path = tmp_path / "x.toml"
     path.write_text("[train]\nsteps = 9\nbatch = 9\n")
-    config, ignored = cli.configure(path, "demo", None, None, ["train.batch=3"])
+    config, imported = cli.configure(path, "demo", None, None, ["train.batch=3"])
     assert (config.train.steps, config.train.batch, config.train.slots) == (9, 3, 8)
-    assert (config.adapter.rank, config.clients.number, ignored) == (16, 16, ())
+    assert (config.adapter.rank, config.clients.number, imported) == (16, 16, None)
     config, _ = cli.configure(None, None, "medical", Path("/data"), [])
     assert (config.data.source, config.data.dir) == ("directory", "/data")
     assert config.run.name.startswith("medical-fedavg-42-") and config.clients.number == 20

@@ -20,7 +20,7 @@ from fedsim.core import Population
 from fedsim.data import labels, partition, tokens
 from fedsim.data.sources import Rows
 from fedsim.data.tokens import TokenStore
-from fedsim.domains import RESPONSE_MARK, Domain
+from fedsim.domains import RESPONSE_MARK, Domain, spaced
 from fedsim.errors import DataError
 
 
@@ -57,6 +57,12 @@ class Training:
         return f"{n['examples']:,} examples: {', '.join(parts)}" if parts else ""
 
 
+def columns(config: Config, domain: Domain) -> tuple[str, ...]:
+    """What every row must have."""
+    joins = config.data.rows == "joined"
+    return ("instruction", "input", "output") if joins else domain.columns
+
+
 def load(config: Config, rows: Rows, domain: Domain, tokenizer: Any, key: int) -> Training:
     """Deal the rows out, then turn them into tokens; label-flipping clients get other answers.
 
@@ -66,7 +72,9 @@ def load(config: Config, rows: Rows, domain: Domain, tokenizer: Any, key: int) -
     pairs = _pairs(config, rows, domain)
     population = partition.build(config, len(pairs), labels.of(config, rows.rows, domain))
     bad = attack.attackers(key, len(population), config.attack.fraction)
-    digest = f"{rows.digest}/{domain.name}/{len(pairs)}"
+    digest = f"{rows.digest}/{domain.name}/{len(pairs)}" + "/joined" * (
+        config.data.rows == "joined"
+    )
     if config.attack.kind == "label_flip":
         of = attack.flipped([answer for _, answer in pairs], population, bad)
         pairs = [(question, pairs[i][1]) for (question, _), i in zip(pairs, of, strict=True)]
@@ -80,7 +88,8 @@ def load(config: Config, rows: Rows, domain: Domain, tokenizer: Any, key: int) -
 
 
 def _pairs(config: Config, rows: Rows, domain: Domain) -> list[tuple[str, str]]:
-    pair, out = domain.pairs[config.run.protocol], []
+    joins, out = config.data.rows == "joined", []
+    pair = spaced if joins else domain.pairs[config.run.protocol]
     for i, row in enumerate(rows.rows[: config.data.limit]):
         try:
             out.append(pair(row))

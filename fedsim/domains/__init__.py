@@ -82,6 +82,11 @@ def joined(row: Row) -> tuple[str, str]:
     return f"{instruction} {given}" if given else instruction, cell(row, "output")
 
 
+def spaced(row: Row) -> tuple[str, str]:
+    """Instruction, a space and input, as FlowerTune's benchmark joins them in every domain."""
+    return f"{cell(row, 'instruction')} {cell(row, 'input')}", cell(row, "output")
+
+
 def known() -> list[str]:
     """Names of the domains that ship with fedsim."""
     return names.known(__name__)

@@ -124,6 +124,8 @@ def comparable(scores: Iterable[Mapping[str, Any]], training: str = "hub:") -> s
             reasons.append(why)
     if not all(s["whole"] for s in found):
         reasons.append("a subset of the questions")
+    if any("bfloat16" in s["precision"] for s in found):
+        reasons.append("computed in bfloat16 instead of float32")
     if not found or not reasons:
         return ""
     return f"not comparable with published scores: {', '.join(reasons)}"

@@ -93,10 +93,12 @@ class Scaffold(FedAvg):
         scale = self.scale or (1.0 if self.behind else reduce.layout.numel() ** -0.5)
         for block in updates:
             # At rate 0, where a schedule may end, a client learns nothing of its gradient.
-            for i in np.flatnonzero(block.ok & (plan.lr[block.index] > 0)):
+            for i in np.flatnonzero(block.ok):
                 at = int(block.index[i])
+                if not (travel := plan.travel(at)):
+                    continue
                 client, rank = int(plan.client_ids[at]), int(plan.rank[at])
-                rate = scale / float(plan.steps[at] * plan.lr[at])
+                rate = scale / travel
                 kept = memory.read("control", client)
                 before = torch.zeros_like(used) if kept is None else kept.to(used)
                 given = used
