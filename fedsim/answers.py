@@ -22,17 +22,22 @@ _TURN = re.compile(
 )  # fmt: skip
 _ASIDE = re.compile(r"\W*(?:explanation|reason\w*|rationale|note|analysis|because)\b", re.I)
 _ITEM = re.compile(r"[\s*_(]*(?:([A-Za-z]|\d{1,2})[.):]|([-*•+])\s)")
+_A = re.compile(r"^[\s*]*A\s*:")  # Q: Which? A: B
 Exact = Callable[[str], int | None]  # a line that is a choice's very text -> its number
 
 
 def read(output: str, mark: Mark, exact: Exact = lambda line: None) -> int | None:
     """The number of the choice that the text gives."""
     lines = [line for line in _spoken(output).split("\n") if line.strip()]
+    echoed = False
     free, listed = True, ""  # the line is the first or introduced; the item of a list above it
     for number, text in enumerate(lines):
         turn = _TURN.match(text)
+        if number and echoed:
+            text = _A.sub("Answer:", text, count=1)
         if turn and (number or turn[1]):
             return None
+        echoed = echoed or bool(turn)
         line, same = Line(mark(plain(text)[:MOST])), exact(text.strip())
         told = (same, EXACT) if same is not None else line.told
         item, below = _item(text), _item(lines[number + 1]) if number + 1 < len(lines) else ""

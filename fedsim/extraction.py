@@ -82,9 +82,9 @@ def letter(output: str, options: Sequence[str]) -> str | None:
     told = tuple(options)[: len(LETTERS)]
 
     def exact(line: str) -> int | None:
-        text = line.removesuffix(".")
-        same = [i for i, option in enumerate(told) if option.removesuffix(".") == text]
-        return same[0] if len(same) == 1 and text not in tuple(LETTERS) else None
+        texts = {line.removesuffix("."), line.strip("*_`$\"' ").removesuffix(".")}
+        same = [i for i, option in enumerate(told) if option.removesuffix(".") in texts]
+        return same[0] if len(same) == 1 and texts.isdisjoint(LETTERS) else None
 
     number = answers.read(output, mentions.letters(told), exact)
     return None if number is None else LETTERS[number]

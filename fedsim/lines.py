@@ -44,6 +44,10 @@ def _number(token: str) -> int | None:
     return (code - NAMED) % ROOM if NAMED <= code < QUOTED + ROOM else None
 
 
+def _loose(word: str) -> bool:
+    return word.endswith("ly") and word not in known.CORRECTION
+
+
 class Line:
     """The tokens and mentions of a line, and `told`: (choice, weight), or None."""
 
@@ -83,7 +87,9 @@ class Line:
         )  # fmt: skip
 
     def _told(self) -> tuple[int, int] | None:
-        live = [m for m in self.mentions if not self._denied(m) and not self._asked(m)]
+        live = [
+            m for m in self.mentions if not (self._denied(m) or self._conceded(m) or self._asked(m))
+        ]
         fixed = [at for at, token in enumerate(self.tokens) if token in known.CORRECTION]
         if fixed:  # the answer is A. Wait, no, B
             start = fixed[-1] + 1
@@ -103,12 +109,23 @@ class Line:
             return None
         (choice,) = choices
         after = [m for m in self.mentions if m.first > said[-1].last and choice in m.choices]
+        if top == AT_HEAD and said[-1].quoted and any(
+            weight == AT_ALL and choice not in m.choices and self._same_breath(said[-1], m)
+            for weight, m in weighed
+        ):  # fmt: skip
+            return None  # positive for shareholders, negative for employees
         heads = [m for weight, m in weighed if weight == AT_HEAD and not m.quoted]
         if any(self._denied(m) for m in after) or (top == STATED and any(
             choice not in m.choices and self.tokens[m.last + 1 : m.last + 2] == ["."] for m in heads
         )):  # fmt: skip
             return None  # it is taken back, or another one stands at the head as the answer
         return choice, top
+
+    def _same_breath(self, one: Mention, two: Mention) -> bool:
+        between = self.tokens[one.last + 1 : two.first][:12]
+        return one.last < two.first and known.BREAK.isdisjoint(between) and (
+            _ENDS.isdisjoint(between)
+        )  # fmt: skip
 
     # --------------------------------------------------------------------------- together
 
@@ -127,11 +144,13 @@ class Line:
             return False
         if one.quoted != two.quoted and all(t in _GAP or t in ".,;" for t in between):
             return same or bool(between)  # B. London
+        if self.tokens[max(0, one.first - 1)] == "as" and self._next(one.last) == "as":
+            return True  # as positive as it is negative
         if between == ["."]:
             after = self.tokens[two.last + 1 : two.last + 3]
             more = len(after) == 2 and after[0] == "." and _number(after[1]) is not None
             return more or len(one.choices) > 1  # A. B. C.
-        if not all(t in _GLUE or t in known.JOIN for t in between):
+        if not all(t in _GLUE or t in known.JOIN or _loose(t) for t in between):
             return False
         if not any(t in known.JOIN or t in "/&+|" for t in between):
             if self._next(two.last) in known.VERB and not same:
@@ -185,6 +204,14 @@ class Line:
         out = "out" in self.tokens[at + 1 : at + 3]
         return word.startswith(known.REFUSE) or (out and word.startswith(known.OUT))
 
+    def _conceded(self, mention: Mention) -> bool:
+        """Although it seems right; if you agree."""
+        before = self.tokens[max(0, mention.first - 4) : mention.first]
+        conceded = {"although", "though"} if mention is not self.mentions[0] else known.CONCEDED
+        return (not conceded.isdisjoint(before) and _STOPS.isdisjoint(before)) or (
+            self._next(mention.last) == "if"
+        )  # fmt: skip
+
     def _asked(self, mention: Mention) -> bool:
         if self.bare and mention.first <= 2:
             return False
@@ -220,7 +247,9 @@ class Line:
         word = self.tokens[at] if at >= start else ""
         if word in ("?", "."):  # `A or B? B.` and `London is the capital. B`
             return self._closes(mention) and (word == "?" or self._sentence(at))
-        if word in ("but", "rather", "instead"):
+        if word == "," and at > start and self.tokens[at - 1] in known.SO:
+            return True
+        if word in known.BUT:
             return any(self._denied(m) for m in self.mentions if at - 3 <= m.last < at)
         return word in known.ANSWER or word in known.SO or self._introduced(at, start)
 
@@ -229,13 +258,27 @@ class Line:
         named = at >= start and (self.tokens[at] in known.IS or self.tokens[at] in ":=")
         for back in range(at, max(start, at - 8) - 1, -1):
             word = self.tokens[back]
-            if word in known.SAY or (named and (
-                word in _LABEL or word in known.SO or (word in known.SUBJECT and at - back <= 3)
-            )):  # fmt: skip
+            if word in ("leaves", "leaving") or (
+                word in known.SAY and self._first_person(back, start)
+            ):
+                return True
+            if named and (
+                word in _LABEL or word in known.SO or (word in known.SUBJECT and at - back <= 4)
+            ):
                 return True
             if word in known.BREAK or word in _STOPS or _number(word) is not None:
                 return False
         return False
+
+    def _first_person(self, at: int, start: int) -> bool:
+        """`I would choose`, `choose`; not `many would choose`."""
+        before = at - 1
+        while before >= start and self.tokens[before] not in known.FIRST and (
+            self.tokens[before] in known.WOULD or known.adverb(self.tokens[before])
+        ):  # fmt: skip
+            before -= 1
+        word = self.tokens[before] if before >= start else ""
+        return not word.isalnum() or word in known.FIRST or word in known.BREAK or word in known.SO
 
     def _closes(self, mention: Mention) -> bool:
         """It ends the sentence."""
@@ -255,10 +298,14 @@ class Line:
         if following[:1] and following[0] in ("✓", "✔", "✅"):
             return True
         if not following or following[0] not in known.VERB:
-            return following[:2] == ["it", "is"]
+            closed = following[1:2] == [] or following[1] in _STOPS or following[1] in _GAP
+            right = bool(following) and following[0] in known.RIGHT and closed
+            return right or following[:2] == ["it", "is"] or following[:1] == ["remains"]
         if following[1:2] and following[1] in ("also", "equally"):
             mention.choices.add(-1)  # not the only one
         for word in following[1:]:
+            if word in known.PARTLY:
+                return False
             if word in known.RIGHT or word in known.ANSWER:
                 return True
             if not (known.adverb(word) or word in ("be", "been", "also", "equally")):

@@ -21,12 +21,18 @@ FINAL, BOLD = "\uf8fe", "\uf8fd"  # a final answer follows; bold begins or ends
 _SPACED = "\u0e00-\u0e7f\u2e80-\u2fff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # no spaces there
 _PARTS = re.compile("|".join(sorted(
     (w for w in known.ANSWER | known.OPTION | known.ISSUE | known.IS | known.SAY | known.NOT
-     | known.SO | known.WRONG | known.RIGHT | known.JOIN | known.AFTER_LETTER
+     | known.SO | known.BUT | frozenset().union(*known.SAME.values()) | known.WRONG | known.RIGHT | known.JOIN | known.AFTER_LETTER
      if re.match(f"[{_SPACED}]", w)), key=len, reverse=True,
 )))  # fmt: skip
 _LATEX = re.compile(r"\\(?:text\w*|math\w+|mbox|rm|bf)\b\s*|\\(?=[()\[\]])|\\[,;!]|[$`{}]")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _TAG = re.compile(r"<(/?)([^<>]{0,30})>|\[(/?)(answer|ans)\]", re.IGNORECASE)
+_IDIOMS = (
+    (re.compile(r"\b(?:no|(?:without|beyond)(?: an?y?)?) doubt,?", re.IGNORECASE), "surely"),
+    (re.compile(r"\bnot (?:wrong|incorrect|false|untrue)\b", re.IGNORECASE), "right"),
+    (re.compile(r"\blet's\b", re.IGNORECASE), "let us"),
+    (re.compile(r"\bans\.", re.IGNORECASE), "ans:"),
+)
 _SIGNS = str.maketrans(
     "’‘´„“”«»「」『』【】〔〕〈〉《》。",  # noqa: RUF001
     '\'\'\'"""""""""()()()().',
@@ -42,6 +48,8 @@ def plain(line: str) -> str:
     text = re.sub(r"^\s*####(?!#)", FINAL, re.sub(r"(?<!\w)'(\w+)'(?!\w)", r'"\1"', text))
     text = re.sub(r"\*\*|(?<!\w)__|__(?!\w)", BOLD, _LATEX.sub("", text))
     text = re.sub(r"\*|~~|(?<!\w)_|_(?!\w)", "", text)
+    for idiom, meaning in _IDIOMS:
+        text = idiom.sub(meaning, text)
     text = re.sub(f"[{_SPACED}]+", lambda run: f" {_PARTS.sub(_apart, run[0])} ", text)
     return _SHORT.sub(_spelt, text)
 
@@ -65,10 +73,18 @@ def _spelt(found: re.Match[str]) -> str:
 
 # ------------------------------------------------------------------------------------- marks
 
+_SPECIES = [[species] for species in known.SPECIES]
 _LAST = re.compile(r"([^\W_]+)\s+$")
 _NEXT = re.compile(r"\s+([^\W_]{2,}|i\b)", re.IGNORECASE)
 _LETTER_BEFORE = (
-    known.BEFORE_LETTER | known.ANSWER | known.OPTION | known.IS | known.ISSUE | known.SAY
+    known.BEFORE_LETTER
+    | known.ANSWER
+    | known.OPTION
+    | known.IS
+    | known.ISSUE
+    | known.SAY
+    | known.NOT
+    | known.BREAK
 )
 
 
@@ -96,20 +112,25 @@ def labels(choices: tuple[str, ...], leading: bool = False) -> Mark:
         leading: they begin a sentence or stand for it (yes, no); elsewhere they belong to a word.
     """
     spelt = {known.fold(choice).strip().lower(): i for i, choice in enumerate(choices[:ROOM])}
+    for word in spelt.keys() & known.SAME:
+        spelt = dict.fromkeys(known.SAME[word], spelt[word]) | spelt
     either = "|".join(map(re.escape, sorted(filter(None, spelt), key=len, reverse=True)))
-    found = re.compile(rf"(?<![\w])(?<!\w[.-])(?:{either or '(?!)'})(?!\w)(?!['.-]\w)", re.I)
+    found = re.compile(
+        rf"(?<![\w])(?<!\w[.-])({either or '(?!)'})\1*(?!\w)(?!['.-]\w|\.\s*\d)", re.I
+    )
 
     def mark(mention: re.Match[str]) -> str:
-        word = mention[0].lower()
+        word, following = mention[1].lower(), _next(mention)
         number = spelt.get(word)
         if number is None:  # an i without its dot
-            return word
+            return mention[0]
         if leading:
             last = _last(mention)
-            fits = _fits(last, known.BEFORE_LEADING) and last not in known.HEDGE
-            fits = fits and (word != "no" or _fits(_next(mention), known.AFTER_NO))
-            return chr(NAMED + number) if fits else word
-        return chr(QUOTED + number) if _fits(_next(mention), known.AFTER_LABEL) else word
+            fits = (last in spelt or _fits(last, known.BEFORE_LEADING)) and last not in known.HEDGE
+            fits = fits and (word != "no" or following in spelt or _fits(following, known.AFTER_NO))
+            return chr(NAMED + number) if fits else mention[0]
+        fits = following in spelt or _fits(following, known.AFTER_LABEL)
+        return chr(QUOTED + number) if fits else mention[0]
 
     return lambda line: found.sub(mark, line).lower()
 
@@ -132,8 +153,12 @@ def letters(options: tuple[str, ...]) -> Mark:
     either = "|".join(rf"({spelt[i]})" for i in told)
     quoted = re.compile(rf"(?<!\w)(?:{either or '(?!)'})(?!\w)", re.IGNORECASE)
     upper = re.compile(
-        rf"(?<![\w'])(?<!\w[.-])([A-{last}])(?!['\w])(?!-\w)(?!\.[A-Za-z]\b)(?!\s*[%°])"
+        rf"(?<![\w'])(?<!\w[.-])([A-{last}])(?!['\w])(?!-\w)(?![+#]|\.[A-Za-z]\b|\.[A-Za-z]{{1,3}}\.|\s*[%°])"
     )
+    ordinal = re.compile(
+        rf"\b({'|'.join(o for o, i in known.ORDINAL.items() if i < len(options))})"
+        r"\s+(?:answer\s+)?(?:option|choice|alternative)\b", re.IGNORECASE,
+    )  # fmt: skip
     cue = rf"\b(?:{'|'.join(known.ANSWER | known.OPTION | known.IS)})\b|[:=]"
     small = re.compile(
         rf"(^[\W_]*|[{FINAL}(]|(?i:{cue})[\s\"'(]*)([a-{last.lower()}])"
@@ -150,6 +175,8 @@ def letters(options: tuple[str, ...]) -> Mark:
         quote = re.match(rf"\s([{chr(QUOTED)}-\uefff])", text[end : end + 2])
         if mention[0] == "A" and quote and quote[1] != chr(QUOTED):
             return "A"  # the article
+        if text[end : end + 2] == ". " and text[end + 2 : end + 16].split()[:1] in _SPECIES:
+            return mention[0]
         enclosed = mention.start() and text[mention.start() - 1] in f'("{FINAL}'
         last = _last(mention)
         before = len(last) == 1 or _fits(last, _LETTER_BEFORE)
@@ -157,6 +184,7 @@ def letters(options: tuple[str, ...]) -> Mark:
         return chr(NAMED + number) if fits or enclosed else mention[0]
 
     def line(text: str) -> str:
+        text = ordinal.sub(lambda s: chr(NAMED + known.ORDINAL[s[1].lower()] % len(options)), text)
         text = quoted.sub(lambda found: chr(QUOTED + told[(found.lastindex or 1) - 1]), text)
         text = upper.sub(mark, text)
         text = small.sub(lambda s: s[1] + chr(NAMED + ord(s[2].lower()) - ord("a")), text)
