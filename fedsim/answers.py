@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from fedsim.lines import EXACT, STATED, Line
+from fedsim.emphasis import EXACT, STATED, told
+from fedsim.lines import Line
 from fedsim.mentions import Mark, plain
 
-MOST = 3_000  # characters that are read
+MOST = 2_000  # characters that are read
 _THOUGHTS = re.compile(r"\s*<(think\w*|thought\w*|reason\w*|scratchpad)>", re.IGNORECASE)
 _OVER = re.compile(r"<\|?(?:im_end|endoftext|eot_id|eos|end_of_turn|end)\|?>|</s>")
 _TURN = re.compile(
@@ -39,16 +40,16 @@ def read(output: str, mark: Mark, exact: Exact = lambda line: None) -> int | Non
             return None
         echoed = echoed or bool(turn)
         line, same = Line(mark(plain(text)[:MOST])), exact(text.strip())
-        told = (same, EXACT) if same is not None else line.told
+        said = (same, EXACT) if same is not None else told(line)
         item, below = _item(text), _item(lines[number + 1]) if number + 1 < len(lines) else ""
         if item and (_after(listed) == item or (item in ("a", "1", "-") and _after(item) == below)):
             listed, free = item, False
         else:
             listed = ""
-        if told and (told[1] >= STATED or (not listed and (
+        if said and (said[1] >= STATED or (not listed and (
             line.bare or (free and not turn and not _ASIDE.match(text))
         ))):  # fmt: skip
-            return told[0]
+            return said[0]
         if line.says:
             free = line.introduces
     return None
@@ -57,9 +58,9 @@ def read(output: str, mark: Mark, exact: Exact = lambda line: None) -> int | Non
 def settled(output: str, read: Callable[[str], object]) -> bool:
     """No continuation changes what is read: a whole line gives an answer, and does so whatever item
     of a list the next line may be."""
-    told = output[: output.rfind("\n") + 1]
-    answer = read(told)
-    return answer is not None and all(read(told + item) == answer for item in ("B.", "2.", "- -"))
+    ended = output[: output.rfind("\n") + 1]
+    answer = read(ended)
+    return answer is not None and all(read(ended + item) == answer for item in ("B.", "2.", "- -"))
 
 
 def _spoken(output: str) -> str:

@@ -19,11 +19,13 @@ ROOM = 0x800  # choices that can be told apart
 NAMED, QUOTED = 0xE000, 0xE800  # choice 0 by its letter; by words that say it wherever they stand
 FINAL, BOLD = "\uf8fe", "\uf8fd"  # a final answer follows; bold begins or ends
 _SPACED = "\u0e00-\u0e7f\u2e80-\u2fff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # no spaces there
-_PARTS = re.compile("|".join(sorted(
-    (w for w in known.ANSWER | known.OPTION | known.ISSUE | known.IS | known.SAY | known.NOT
-     | known.SO | known.BUT | frozenset().union(*known.SAME.values()) | known.WRONG | known.RIGHT | known.JOIN | known.AFTER_LETTER
-     if re.match(f"[{_SPACED}]", w)), key=len, reverse=True,
-)))  # fmt: skip
+_SCRIPTS = known.ANSWER.union(
+    known.OPTION, known.ISSUE, known.IS, known.SAY, known.NOT, known.SO, known.BUT, known.WRONG,
+    known.RIGHT, known.JOIN, known.AFTER_LETTER, *known.SAME.values(),
+)  # fmt: skip
+_PARTS = re.compile(
+    "|".join(sorted((w for w in _SCRIPTS if re.match(f"[{_SPACED}]", w)), key=len, reverse=True))
+)
 _LATEX = re.compile(r"\\(?:text\w*|math\w+|mbox|rm|bf)\b\s*|\\(?=[()\[\]])|\\[,;!]|[$`{}]")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _TAG = re.compile(r"<(/?)([^<>]{0,30})>|\[(/?)(answer|ans)\]", re.IGNORECASE)

@@ -8,6 +8,7 @@ NUMBERS = ("3", "4", "None of these", "22")
 MEDICINE = (
     "Vitamin A deficiency", "Iron deficiency", "Iron and zinc deficiency", "No treatment is needed",
 )  # fmt: skip
+HEART = ("Increased blood pressure", "Decreased heart rate", "No change", "Renal failure")
 COMBINED = ("Only I", "Only II", "Both A and B", "None of the above")
 
 Case = tuple[str, str | None]
@@ -138,6 +139,37 @@ CITY: list[Case] = [
     ("<think>The answer is B", None),
     ("### Instruction:\nAnswer: B", None), ("I don't know.\n### Question: Which?\nAnswer: B", None),
     ("Let's see.\nLondon lies on a river and is large.", None), ("The question is hard.", None),
+    # read when the rules were first done
+    ("The correct answer among the options is C", "C"), ("I'm confident that it's option D.", "D"),
+    ("My pick is A", "A"), ("Let's go with C!", "C"), ("Out of these, B fits best.", "B"),
+    ("Only B makes sense.", "B"), ("It can only be B.", "B"),
+    ("It can't be A, so it must be B", "B"), ("B, obviously.", "B"), ("Definitely B", "B"),
+    ("Probably B", "B"), ("Clearly not A.", None), ("Answer choice: C", "C"),
+    ("The answer is (C) Rome, not (A) Paris.", "C"), ("(C) Rome is the answer", "C"),
+    ("C) Rome is the correct one", "C"), ("The answer is: C. Rome", "C"), ("The answer: C", "C"),
+    ("Correct Answer - C", "C"), ("Ans: C", "C"), ("Ans. C", "C"), ("Solution: C", "C"),
+    ("**Correct Answer:** **C) Rome**", "C"), ("The statement A is false while B is true", "B"),
+    ("Of A, B, C and D, C is correct", "C"), ("All of them except B", None),
+    ("Every option but B", None), ("A? B?", None), ("Hmm, A or maybe C.", None),
+    ("The patient should take vitamin C. The answer is D", "D"), ("Vitamin D deficiency", None),
+    ("Type B", None), ("Grade A", None), ("Schedule C", None), ("A man walks", None),
+    ("A 45-year-old woman", None), ("As A increases, B decreases", None), ("From A to B", None),
+    ("Dr. B said so", None), ("B.Sc.", None), ("C++ is a language", None),
+    ("Section C of the paper", None), ("Point A lies on line B", None), ("C#", None),
+    ("B2B", None), ("A-level", None), ("at 20 C", None), ("37 °C", None),
+    ("The options are A, B, C and D.", None), ("Select one letter: A, B, C or D", None),
+    ("Please answer with A, B, C, or D.", None), ("Choose A if you agree", None),
+    ("D: A is wrong because", "D"), ("C | Rome", "C"), ("| C |", "C"), ("C\\)", "C"),
+    ("Answer:C", "C"), ("answer:c", "C"), ("ANSWER IS C", "C"), ("the answer is c", "C"),
+    ("option c", "C"), ("c", "C"), ("(c).", "C"), ("I vote for C.", "C"),
+    ("It's got to be C", "C"), ("That leaves only C", "C"), ("C is the most accurate", "C"),
+    ("C is not wrong", "C"), ("I can't decide between A and B", None), ("No answer", None),
+    ("The answer is not given", None), ("The answer is not A or B but C", "C"),
+    ("The answer isn't A; it's C", "C"), ("A is partially correct, but C is the best answer", "C"),
+    ("While A seems right, C is correct", "C"), ("I was going to say A, but it is C", "C"),
+    ("Not only A but also B", None), ("A as well as B", None), ("Neither A, B nor C", None),
+    ("None of A, B, C is right", None), ("Not Rome, Moscow.", "D"),
+    ("It's neither Paris nor Rome. It is London.", "B"), ("Rome or Moscow? I'd say Moscow.", "D"),
 ]  # fmt: skip
 
 OTHER_OPTIONS: list[tuple[tuple[str, ...], list[Case]]] = [
@@ -146,6 +178,14 @@ OTHER_OPTIONS: list[tuple[tuple[str, ...], list[Case]]] = [
         ("2 + 2 = 4", "B"), ("4.5", None), ("3 or 4", None), ("None of these", "C"),
         ("It is 22.", "D"),
         ("A. 3 B. 4 C. None of these D. 22", None), ("There are 4 of them", None), ("44", None),
+    ]),
+    (HEART, [
+        ("Increased blood pressure", "A"),
+        ("It causes increased blood pressure and renal failure", None), ("There is no change", "C"),
+        ("No change.", "C"), ("No change in heart rate", "C"),
+        ("A. Increased blood pressure and B. decreased heart rate", None),
+        ("Renal failure is not likely", None), ("It is unlikely to be renal failure", None),
+        ("Renal failure, which is why the answer is D", "D"),
     ]),
     (MEDICINE, [
         ("Iron deficiency", "B"), ("It is vitamin A deficiency.", "A"),
@@ -216,6 +256,31 @@ SENTIMENT: list[Case] = [
     ("positive is wrong", None), ("What is the sentiment of this news?", None),
     ("1. negative\n2. neutral", None),
     ("It lacks a positive tone", None), ("without positive sentiment", None),
+    # read when the rules were first done
+    ("The overall sentiment of the text is positive", "positive"),
+    ("I'd classify this as negative.", "negative"),
+    ("This would be considered neutral", "neutral"), ("Label: Positive", "positive"),
+    ("The answer is {positive}", "positive"), ("[positive]", "positive"),
+    ("positive (0.93)", "positive"), ("Positive, because profit rose, not negative", "positive"),
+    ("The statement expresses a negative view", "negative"),
+    ("It's not bad, so positive", "positive"), ("not neutral", None),
+    ("The sentiment is neither positive nor negative.", None),
+    ("The sentiment is neither positive nor negative; it is neutral.", "neutral"),
+    ("It seems positive", "positive"), ("mostly neutral", "neutral"),
+    ("neutral or slightly positive", None), ("negative to neutral", None),
+    ("More positive than negative", "positive"), ("less negative", None),
+    ("The company had a negative balance", None), ("positive pressure", None),
+    ("no positive news", None), ("can't be called positive", None),
+    ("The sentiment isn't positive, it's negative", "negative"),
+    ("positive? no, negative", "negative"), ("Classify as positive, negative or neutral", None),
+    ("Options: positive, negative, neutral", None), ("rather negative", "negative"),
+    ("never positive", None), ("no longer positive", None),
+    ("The sentiment of this tweet is not positive. It is negative.", "negative"),
+    ("neutral.\n\nExplanation: no positive words.", "neutral"),
+    ("Sentiment analysis: positive", "positive"), ("Sentiment = positive", "positive"),
+    ("Sentiment → positive", "positive"),
+    ("{\"label\": \"positive\", \"score\": 0.9}", "positive"), ("ambiguous", None),
+    ("mixed (positive and negative)", None),
 ]  # fmt: skip
 
 DECISION: list[Case] = [
@@ -246,4 +311,18 @@ DECISION: list[Case] = [
     ("neither yes nor no", None), ("yesterday", None), ("The answer is yes or no", None),
     ("", None),
     ("Probably yes", None), ("It has no effect on growth", None), ("no-one", None),
+    # read when the rules were first done
+    ("Yes - the data support it", "yes"), ("No - it doesn't", "no"),
+    ("yes; the trial showed benefit", "yes"), ("The answer is: yes", "yes"),
+    ("My answer is no.", "no"), ("Yes! It does", "yes"), ("No, but maybe later", "no"),
+    ("Yes, although no effect was seen in men", "yes"), ("It may be", None), ("May be", None),
+    ("no benefit", None), ("There was no difference, no", None), ("No one knows", None),
+    ("Decision: maybe", "maybe"), ("final_decision: no", "no"), ("I'd say no", "no"),
+    ("Is it safe? No, it is not.", "no"), ("Answer with yes, no or maybe", None),
+    ("neither", None), ("Not yes but no", "no"), ("The answer is not no", None),
+    ("Yes or maybe", None), ("Maybe yes, maybe no", None), ("The conclusion is yes", "yes"),
+    ("So, yes", "yes"), ("No; no evidence", "no"), ("Yes.\nNo.", "yes"), ("No difference", None),
+    ("(yes)", "yes"), ("yes/no: yes", None), ("Yes, definitely no", None), ("undecided", None),
+    ("Yes. The authors found no harm.", "yes"), ("In conclusion, maybe.", "maybe"),
+    ("not maybe", None), ("nope", None),
 ]  # fmt: skip

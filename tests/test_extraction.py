@@ -1,15 +1,18 @@
 """Answers are read as a careful person reads them, and no continuation changes one that is read.
 
-Proves: `lenient` gives what the lists of phrasings say, which were written without a look at the
-rules (phrasings.py) and by another hand (phrasings.json, where it says so); nothing raises; once a
+Proves: `lenient` gives what two lists of phrasings say, one of them by another hand that did not
+know the rules (phrasings.json); nothing raises; once a
 form says that an output is decided no text behind it changes a grade, and most answers are decided
 at the end of their line; 100,000 characters of whatever the rules look for take under 50 ms.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -44,9 +47,21 @@ LISTS: list[tuple[str, Read, list[Case]]] = [
 ]
 
 
+SECOND = json.loads((Path(__file__).parent / "phrasings.json").read_text(encoding="utf-8"))
+
+
+def second(case: dict[str, Any]) -> tuple[Read, str, str | None]:
+    if case["kind"] == "letter":
+        return letters(tuple(case["options"])), case["text"], case["want"]
+    return {"sentiment": sentiment, "decision": decision}[case["kind"]], case["text"], case["want"]
+
+
 EVERY = [
     pytest.param(read, text, want, id=f"{name}: {text[:50]!r}")
     for name, read, cases in LISTS for text, want in cases
+] + [
+    pytest.param(*second(case), id=f"second: {case['kind']} {case['text'][:50]!r}")
+    for case in SECOND
 ]  # fmt: skip
 
 
@@ -63,7 +78,7 @@ def test_the_lists_are_as_long_as_they_should_be() -> None:
 
 # --------------------------------------------------------------------------------- properties
 
-TEXTS = [text for _, _, cases in LISTS for text, _ in cases]
+TEXTS = [text for _, _, cases in LISTS for text, _ in cases] + [case["text"] for case in SECOND]
 PIECES = [
     *TEXTS, *hostile.ANSWERS, *hostile.SENTIMENTS, "\n", "\n\n", " ", ".", ",", "?", ":", "- ",
     "\nA. ", "\nB. ", "\n2. ", "\n- ", "\n1) ", "</think>", "<think>", "<answer>", "**", "\\boxed{",

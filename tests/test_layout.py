@@ -84,7 +84,8 @@ def test_strategies_import_the_vocabulary_only() -> None:
 
 def test_domains_are_plain_python() -> None:
     shared = (  # what several domains are made of
-        "answers", "completion", "extraction", "forms", "lines", "mentions", "tasks", "vocabulary",
+        "answers", "completion", "emphasis", "extraction", "forms", "lines", "mentions", "tasks",
+        "vocabulary",
     )  # fmt: skip
     files = folder("fedsim/domains") + [f"fedsim/{name}.py" for name in shared]
     allowed = ("domains", "errors", "names", *shared)
