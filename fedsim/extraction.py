@@ -1,9 +1,8 @@
 """Answers read from generated text. Text in, text out; nothing here raises, whatever the text.
 
 The official rules are those of the leaderboard's scripts, quirks included (flowertune.md 2.1-2.3).
-Ours read the answer's line, the first that is not blank: what a model writes below its answer is
-no part of it. `strict` is that line and nothing else; the lenient readers take what a careful
-person would, and only that: an answer, never a mention of one.
+Ours: `strict` is the first line that is not blank, and nothing else; the lenient readers take what
+a careful person would, and only that: an answer, never a mention of one (answers.py).
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from fedsim import answers, mentions
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER = "Answer: "  # the finance prompt's last word, at which the official script splits
-_NEAR = 40  # characters before a mention that may negate it
-_NEGATION = re.compile(
-    r"(?:\b(?:not|never|no|neither|nor|without|except)|n['\u2019 ]t)(?:\s+\w+)?\s*$", re.IGNORECASE
-)
-_NAMED = r"\b(?:answer|option|choice)\b(?:\s+(?:is|was))?(?:\s+(?:option|choice))?[\s:*\"'(]*"
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -76,79 +72,31 @@ def line(output: str) -> str:
     return output.lstrip().partition("\n")[0].strip()
 
 
-def ended(output: str) -> bool:
-    """No continuation changes `line` any more."""
-    return "\n" in output.lstrip()
-
-
 def strict(output: str) -> str:
     """The answer's line, where one final period is forgiven."""
     return line(output).removesuffix(".")
 
 
 def letter(output: str, options: Sequence[str]) -> str | None:
-    """The letter of an option, by the first rule that finds one.
+    """The letter of an option that the text gives as its answer, or whose text it gives as it."""
+    told = tuple(options)[: len(LETTERS)]
 
-    1. The line begins with the letter, alone: `B`, `(B)`, `B. Paris`, `b)`, `B because`.
-    2. The line names it: `the answer is B`, `Option B`.
-    3. The line quotes one option's text, and no other's that is not within it.
+    def exact(line: str) -> int | None:
+        texts = {line.removesuffix("."), line.strip("*_`$\"' ").removesuffix(".")}
+        same = [i for i, option in enumerate(told) if option.removesuffix(".") in texts]
+        return same[0] if len(same) == 1 and texts.isdisjoint(LETTERS) else None
 
-    A letter that goes on as a word is none: `A patient`, `B cells`, `D-dimer`, `C3`.
-    """
-    upper = LETTERS[: len(options)]
-    alone = (
-        rf"(?:([{upper}])(?![\w'\u2019-])(?!\s+(?!(?:is|because|since)\b)[a-z])"
-        rf"|([{upper.lower()}])(?=\)|[.:]?[^\w']*$))"
-    )
-    said = line(output)
-    found = re.match(rf"[\W_]*{alone}", said) or re.search(rf"(?i:{_NAMED}){alone}", said)
-    if found:
-        return (found[1] or found[2]).upper()
-    return _quoted(said, options)
-
-
-def _quoted(said: str, options: Sequence[str]) -> str | None:
-    text = said.removesuffix(".")
-    same = [i for i, option in enumerate(options) if text and text == option.removesuffix(".")]
-    if not same:
-        words = [_words(option) for option in options]
-        here = f" {_words(said)} "
-        there = [i for i, w in enumerate(words) if w and (f" {w} " == here or _told(w, here))]
-        same = [i for i in there if not any(
-            i != j and words[i] != words[j] and f" {words[i]} " in f" {words[j]} " for j in there
-        )]  # fmt: skip
-    return LETTERS[same[0]] if len(same) == 1 else None
-
-
-def _told(words: str, here: str) -> bool:
-    """Within a sentence, an option is quoted only if it is a word and not negated: 2 is in 2.5."""
-    at = here.find(f" {words} ")
-    return at >= 0 and bool(re.search(r"[^\W\d_]{3}", words)) and not _negated(here, at)
-
-
-def _words(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
-
-
-def _negated(text: str, at: int) -> bool:
-    return bool(_NEGATION.search(text[max(0, at - _NEAR) : at]))
+    number = answers.read(output, mentions.letters(told), exact)
+    return None if number is None else LETTERS[number]
 
 
 def mention(output: str, words: Sequence[str]) -> str | None:
-    """The line's first of these words that is not negated (`not positive`, `neither ...`) and no
-    part of a list (`negative/neutral/positive`); in any case."""
-    said = line(output)
-    for found in re.finditer(rf"(?<![\w/-])(?:{'|'.join(words)})(?![\w/-])", said, re.IGNORECASE):
-        if not _negated(said, found.start()):
-            return found[0].lower()
-    return None
+    """The one of these labels that the text gives as its answer; in any case."""
+    number = answers.read(output, mentions.labels(tuple(words)))
+    return None if number is None else words[number]
 
 
 def leading(output: str, words: Sequence[str]) -> str | None:
-    """The one of these words that the line begins with, or names as its answer; in any case."""
-    word = rf"({'|'.join(words)})(?![\w'\u2019-])"
-    said = line(output)
-    found = re.match(rf"[\W_]*{word}", said, re.IGNORECASE) or re.search(
-        rf"{_NAMED}{word}", said, re.IGNORECASE
-    )
-    return found[1].lower() if found else None
+    """The same of words that begin a sentence, as yes and no do, and may belong to another one."""
+    number = answers.read(output, mentions.labels(tuple(words), leading=True))
+    return None if number is None else words[number]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from reprlib import repr  # short, and not deep: a broken row may hold anything
 from typing import Any
 
-from fedsim import extraction
+from fedsim import answers, extraction
 from fedsim.domains import PROMPT, Form, Generation, Item, Row
 
 ASK = "Answer this multiple-choice question with the letter of the right option."
@@ -140,7 +140,7 @@ def official(item: Callable[[Row], Item], *, boolean: bool) -> Form:
 def ours(
     item: Callable[[Row], Item], read: Callable[[Item, str], str | None], max_new: int
 ) -> Form:
-    """Strict: the answer's line is the right choice, letter by letter. Lenient: it says it.
+    """Strict: the answer's line is the right choice, letter by letter. Lenient: the text gives it.
 
     Args:
         read: the lenient reader: (question, output) -> the choice that it gives, or None.
@@ -154,5 +154,6 @@ def ours(
 
     return Form(
         item, grade, ("strict", "lenient"), Generation(max_new=max_new),
-        decided=lambda _, output: extraction.ended(output), likelihood=True,
+        decided=lambda item, output: answers.settled(output, lambda text: read(item, text)),
+        likelihood=True,
     )  # fmt: skip
