@@ -23,7 +23,8 @@ from fedsim.study import configure
 # Libraries read these when they are imported: their bars and advice stay out of our display.
 for _name, _value in {
     "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",}.items():  # fmt: skip
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}.items():  # fmt: skip
     os.environ.setdefault(_name, _value)
 
 app = typer.Typer(

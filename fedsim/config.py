@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedsim.attackers import Attack
 from fedsim.bases import Model
@@ -16,18 +16,10 @@ from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
 from fedsim.privacy import Privacy
 from fedsim.schedule import Scheduled
-from fedsim.section import Section
+from fedsim.section import Names, Recompute, Section
 
 PRESETS = Path(__file__).parent / "presets"
-Names = Annotated[
-    tuple[str, ...], Field(strict=False),
-    BeforeValidator(lambda v: [n.strip() for n in v.split(",")] if isinstance(v, str) else v),
-]  # fmt: skip
 Rank = Annotated[int, Field(strict=True, ge=1, le=1024)]
-Recompute = Annotated[
-    Literal["never", "auto", "always"],
-    BeforeValidator(lambda v: ("never", "always")[v] if isinstance(v, bool) else v),
-]
 
 
 class Run(Section):

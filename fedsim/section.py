@@ -1,11 +1,20 @@
-"""What every section of a configuration is."""
+"""What every section of a configuration is, and values that need more than a type."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Names = Annotated[  # a list, or one text with commas, as `--set adapter.targets=a,b` gives it
+    tuple[str, ...], Field(strict=False),
+    BeforeValidator(lambda v: [n.strip() for n in v.split(",")] if isinstance(v, str) else v),
+]  # fmt: skip
+Recompute = Annotated[
+    Literal["never", "auto", "always"],
+    BeforeValidator(lambda v: ("never", "always")[v] if isinstance(v, bool) else v),
+]
 
 
 class Section(BaseModel):

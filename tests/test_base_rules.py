@@ -157,6 +157,13 @@ def test_qfedavg() -> None:
     assert float((got - want).abs().max()) <= bound + rest * float(want.abs().max())
 
 
+def test_qfedavg_of_a_client_without_labels() -> None:
+    """It has no loss and, but for weight decay, no update: what is left is client 1's 1 / 2."""
+    rows = torch.outer(torch.tensor([1.0, 0.5]), torch.eye(LAYOUT.size)[0])
+    got = fair({"q": 1.0, "lipschitz": 1.0}, rows, [1.0, float("nan")])
+    assert abs(float(got[0]) - 1 / 2) <= EPS + 1e-10
+
+
 def test_a_schedule_may_end_at_rate_0() -> None:
     plan, memory, row = replace(plan_of([1.0] * M), lr=np.zeros(M)), Kept(), random_rows(1, 1)[0]
     for rule in (load("scaffold"), load("qfedavg")):

@@ -29,7 +29,8 @@ model.name model.revision model.dtype model.quantisation model.double_quantisati
 model.sharding model.offload
 adapter.rank adapter.ranks adapter.alpha adapter.rslora adapter.lora_plus adapter.dora
 adapter.init adapter.dropout adapter.targets
-data.domain data.source data.dir data.train data.max_length data.limit
+data.domain data.source data.dir data.train data.max_length data.rows data.limit
+data.max_unlabelled
 clients.number clients.partition clients.min_size clients.by clients.clusters clients.alpha
 clients.classes clients.shards clients.skew
 server.strategy server.options server.rounds server.fraction server.min_clients
@@ -39,6 +40,7 @@ channel.compression channel.block channel.keep channel.feedback channel.secure
 channel.threshold channel.bits channel.range
 privacy.level privacy.noise privacy.clip privacy.adaptive privacy.quantile privacy.clip_rate
 privacy.delta
+train.schedule train.warmup
 train.steps train.batch train.lr_max train.lr_min train.weight_decay train.clip_norm train.beta1
 train.beta2 train.eps train.slots train.budget_tokens train.mode train.chunk_tokens train.tile
 train.shared_prefix train.recompute train.memory train.graphs
@@ -56,9 +58,10 @@ REFUSED: dict[str, list[Any]] = {
     "adapter.rank": [0, 1025, 8.0, "8"], "adapter.ranks": [8, "8"],
     "adapter.alpha": [0.0, -1.0, "16"], "adapter.rslora": [1], "adapter.lora_plus": [0.5, "16"],
     "adapter.dora": ["yes"], "adapter.init": ["random", 1],
-    "adapter.dropout": [-0.1, 1.0], "adapter.targets": ["q_proj", [1]],
+    "adapter.dropout": [-0.1, 1.0], "adapter.targets": [[1]],
     "data.domain": [1], "data.source": ["disk"], "data.dir": [1], "data.train": [1],
     "data.max_length": [7, 512.0], "data.limit": [0, -1],
+    "data.max_unlabelled": [-0.1, 1.1, "1"],
     "clients.number": [0, 1 << 28, 2.0], "clients.partition": ["random", 1],
     "clients.min_size": [0, 1.0], "clients.by": [1], "clients.clusters": [1, 2.0],
     "clients.alpha": [0.0, -1.0, "1"], "clients.classes": [0, 1.5], "clients.shards": [0, 1.5],
@@ -73,6 +76,7 @@ REFUSED: dict[str, list[Any]] = {
     "privacy.level": ["examples", 1], "privacy.noise": [0.0, "1"], "privacy.clip": [0.0, -1.0],
     "privacy.adaptive": [1, "yes"], "privacy.quantile": [0.0, 1.0], "privacy.clip_rate": [0.0],
     "privacy.delta": [0.0, 1.0],
+    "train.schedule": ["step", 1], "train.warmup": [-1, "1"], "data.rows": ["both", 1],
     "train.steps": [0, -1, 1 << 16], "train.batch": [0, 1 << 16], "train.lr_max": [0.0, "5e-5"],
     "train.lr_min": [-1e-9], "train.weight_decay": [-0.1], "train.clip_norm": [0.0],
     "train.beta1": [1.0, -0.1], "train.beta2": [1.0, -0.1], "train.eps": [0.0],
@@ -81,7 +85,7 @@ REFUSED: dict[str, list[Any]] = {
     "train.recompute": [1, "sometimes"], "train.memory": [-1.0, "16"],
     "train.graphs": [True, "always"],
     "evaluate.every": [-1], "evaluate.first": [0, "no"],
-    "evaluate.tasks": ["fpb"], "evaluate.limit": [-1],
+    "evaluate.tasks": [[1]], "evaluate.limit": [-1],
     "evaluate.clients": [0, 1.0],
 }  # fmt: skip
 NOT_FINITE = ("adapter.alpha", "train.lr_max", "train.lr_min", "train.weight_decay", "train.eps",
@@ -263,6 +267,18 @@ def test_override(text: str, value: Any) -> None:
     assert before == {"run": {"seed": 1}}
 
 
+def test_names_with_commas() -> None:
+    for text, names in (("q_proj, v_proj", ("q_proj", "v_proj")), ("all-linear", ("all-linear",))):
+        config = build(override({}, [f"adapter.targets={text}"]), "test")
+        assert config.adapter.targets == names
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(b"\xef\xbb\xbf[run]\r\nseed = 7\r\n")
+    assert read_toml(file) == {"run": {"seed": 7}}
+
+
 def test_the_last_override_counts() -> None:
     assert override({}, ["train.steps=3", "train.steps=4"]) == {"train": {"steps": 4}}
 
@@ -348,7 +364,7 @@ def test_a_strategy_and_a_domain_of_ones_own(own: None) -> None:
     assert inspect.getdoc(strategies.load("mine.half")) == "Half a step."
     assert domains.load("mine.field").clients == 3
     config, _ = cli.configure(None, None, "mine.field", None, ["server.strategy=mine.half"])
-    assert (config.clients.number, config.run.name) == (3, "field")
+    assert config.clients.number == 3 and config.run.name.startswith("field-half-42-")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tests.conftest import require
 USER_CACHE = tokens.cache_root()  # before a fixture turns it elsewhere
 REAL = Path(os.environ.get("FEDSIM_DATA") or Path(__file__).parents[2] / "shared" / "data")
 FINANCE = domains.load("finance")
-COLUMNS = ("instruction", "input", "output")
+COLUMNS, OPTIONAL = ("instruction", "output"), ("input",)
 
 # ---------------------------------------------------------------------------------- partition
 
@@ -100,75 +100,69 @@ ANSWERS = {
 ASKED = ("Is it so?", "Quote this:\n### Response: nothing\nand go on.", "")
 
 
-def check_masks(tokenizer: Any, max_length: int, protocol: str) -> Counter[bool]:
-    """Compare every pair's labels with the official rule; counts of labelled and not."""
+def check_masks(tokenizer: Any, max_length: int) -> Counter[bool]:
+    """Compare every text's labels with the official rule; counts of labelled and not."""
     pairs = [(asked, answer) for asked in ASKED for answer in ANSWERS.values()]
-    store = tokens.build(
-        pairs, tokenizer, protocol=protocol, max_length=max_length, digest="masks"
-    )  # fmt: skip
+    store = tokens.build([tokens.training_text(*pair) for pair in pairs], tokenizer,
+                         protocol="flowertune", max_length=max_length, digest="masks")  # fmt: skip
     found: Counter[bool] = Counter()
     for i, (asked, answer) in enumerate(pairs):
         text = PROMPT.format(instruction=asked) + f" {answer}"
         ids = tokenizer(text)["input_ids"]
-        whole = len(ids) < max_length
-        eos = [tokenizer.eos_token_id] if protocol == "fedsim" and whole else []
-        assert store.of(i).tolist() == ids[:max_length] + eos, answer
+        assert store.of(i).tolist() == ids[:max_length], answer
+        assert store.cut[i] == (len(ids) > max_length)
         want = official(tokenizer, text, max_length)
-        assert store.label_start[i] == want, (answer, store.of(i)[store.label_start[i] :])
+        assert store.first[i] == want, (answer, store.of(i)[store.first[i] :])
+        assert store.labels[i] == len(store.of(i)) - want
         found[bool(want < len(store.of(i)))] += 1
     assert store.unlabelled == found[False]
     return found
 
 
-@pytest.mark.parametrize("protocol", ["flowertune", "fedsim"])
 @pytest.mark.parametrize("max_length", [1024, 150, 110, 98])
-def test_masks_follow_the_official_rule(tokenizer: Any, max_length: int, protocol: str) -> None:
-    found = check_masks(tokenizer, max_length, protocol)
+def test_masks_follow_the_official_rule(tokenizer: Any, max_length: int) -> None:
+    found = check_masks(tokenizer, max_length)
     assert found[True] and bool(found[False]) is (max_length < 100)
 
 
-@pytest.mark.parametrize("protocol", ["flowertune", "fedsim"])
 @pytest.mark.parametrize("max_length", [512, 60, 36, 30])
-def test_masks_of_a_real_tokenizer(
-    monkeypatch: pytest.MonkeyPatch, max_length: int, protocol: str
-) -> None:
+def test_masks_of_a_real_tokenizer(monkeypatch: pytest.MonkeyPatch, max_length: int) -> None:
     folders = list((USER_CACHE / "models").glob("smollm2-135m-instruct-*"))
     require("model", bool(folders), f"no converted model lies in {USER_CACHE}/models")
     real = weights.tokenizer(weights.Weights(folders[0], "folder", "real"))
-    found = check_masks(real, max_length, protocol)
+    found = check_masks(real, max_length)
     assert found[True] and bool(found[False]) is (max_length < 40)
+
+
+def stores(tokenizer: Any, *pairs: tuple[str, str], **how: Any) -> tokens.TokenStore:
+    texts = [tokens.training_text(*pair) for pair in pairs]
+    how = {"protocol": "fedsim", "max_length": 512, "digest": repr(pairs), **how}
+    return tokens.build(texts, tokenizer, **how)
 
 
 def test_one_example_by_hand(tokenizer: Any) -> None:
     """Labels are what stands after the mark: a space, the answer, and EOS under `fedsim`."""
     pairs = [("Up or down?", "down"), ("Again?", "positive")]
-    plain = tokens.build(pairs, tokenizer, protocol="flowertune", max_length=512, digest="hand")
-    ours = tokens.build(pairs, tokenizer, protocol="fedsim", max_length=512, digest="hand")
+    plain, ours = (stores(tokenizer, *pairs, protocol=p) for p in ("flowertune", "fedsim"))
     for i, (_, answer) in enumerate(pairs):
-        assert tokenizer.decode(plain.of(i)[plain.label_start[i] :]) == f" {answer}"
-        assert tokenizer.decode(ours.of(i)[ours.label_start[i] :]) == f" {answer}<eos>"
-        assert tokenizer.decode(plain.of(i)[: plain.label_start[i]]).endswith(RESPONSE_MARK)
+        assert tokenizer.decode(plain.of(i)[plain.first[i] :]) == f" {answer}"
+        assert tokenizer.decode(ours.of(i)[ours.first[i] :]) == f" {answer}<eos>"
+        assert tokenizer.decode(plain.of(i)[: plain.first[i]]).endswith(RESPONSE_MARK)
 
 
 def test_eos_is_the_first_to_be_cut(tokenizer: Any) -> None:
     text = PROMPT.format(instruction="Up or down?") + " down"
     n = len(tokenizer(text)["input_ids"])
     for length, labels in ((n + 1, 1), (n, 0)):
-        store = tokens.build([("Up or down?", "down")], tokenizer, protocol="fedsim",
-                             max_length=length, digest="cut")  # fmt: skip
+        store = stores(tokenizer, ("Up or down?", "down"), max_length=length)
         assert (store.of(0)[-1] == tokenizer.eos_token_id) == labels and len(store.of(0)) == length
+        assert store.cut.tolist() == [not labels]
 
 
-def test_a_lost_template_leaves_no_labels(tokenizer: Any) -> None:
-    pairs = [("word " * 80, "positive"), ("Short?", "positive")]
-    store = tokens.build(pairs, tokenizer, protocol="fedsim", max_length=100, digest="lost")
-    assert store.unlabelled == 1 and store.label_start[0] == len(store.of(0)) == 100
-
-
-def test_all_templates_lost_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"no training example has a label.* 20 tokens.*max_length"):
-        tokens.build([("Short?", "positive")], tokenizer, protocol="fedsim", max_length=20,
-                     digest="all")  # fmt: skip
+def test_an_answer_that_is_cut_off_leaves_no_labels(tokenizer: Any) -> None:
+    store = stores(tokenizer, ("word " * 80, "positive"), ("Short?", "positive"), max_length=100)
+    assert store.unlabelled == 1 and store.first[0] == len(store.of(0)) == 100
+    assert store.labels.tolist() == [0, len(store.of(1)) - store.first[1]]
 
 
 # --------------------------------------------------------------------------------- token store
@@ -208,7 +202,7 @@ def test_the_second_time_nothing_is_tokenised(
     tokenizer(["another"], truncation=True, max_length=4)  # leaves state behind
     second = store()
     assert counting.texts == len(first) == config.data.limit == 200
-    for name in ("ids", "offsets", "label_start"):
+    for name in ("ids", "offsets", "trained", "cut", "unmarked"):
         assert np.array_equal(getattr(first, name), getattr(second, name))
     assert isinstance(second.ids, np.memmap) and second.ids.dtype == np.int32
 
@@ -243,10 +237,9 @@ def test_whatever_changes_the_tokens_is_in_the_key(
 def test_a_store_is_made_whole_or_not_at_all(
     tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = [("Up?", "yes"), ("Down?", "no")]
 
     def store() -> tokens.TokenStore:
-        return tokens.build(pairs, tokenizer, protocol="fedsim", max_length=99, digest="x")
+        return stores(tokenizer, ("Up?", "yes"), ("Down?", "no"), max_length=99)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -269,7 +262,7 @@ def write(folder: Path, rows: Sequence[Any], name: str = "fingpt_sentiment.train
 
 def read(folder: Path | None) -> sources.Rows:
     data = Data(source="directory", dir=None if folder is None else str(folder))
-    return sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
+    return sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS, OPTIONAL)
 
 
 def row(n: int, **changes: Any) -> dict[str, Any]:
@@ -311,12 +304,15 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row(0), row(1, input=None)], r"row 1: column 'input' is missing or null"),
-        ([{"instruction": "x", "output": "y"}], r"row 0: column 'input'.*has instruction, output"),
+        ([row(0), row(1, output=None)], r"row 1: column 'output' is missing or null"),
+        (
+            [{"input": "x", "output": "y"}],
+            r"'instruction' .*, and input if there is one\. .*has inpu",
+        ),
         ([], r"has no rows"),
         ([row(0), row(1), "{half"], r"fingpt_sentiment.train.jsonl.gz, line 3: "),
-        ([row(0), "[1, 2]"], r"fingpt_sentiment.train.*(line 2|row 1)"),
-        ([row(0), '"text"'], r"fingpt_sentiment.train.*(line 2|row 1)"),
+        ([row(0), "", "[1, 2]"], r"fingpt_sentiment.train.*line 3: .*one JSON object on each line"),
+        ([row(0), '"text"'], r"fingpt_sentiment.train.*line 2.*Mend or remove the line"),
     ],
 )
 def test_broken_rows(tmp_path: Path, rows: list[Any], message: str) -> None:
@@ -334,14 +330,82 @@ def flipped(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage",
     [lambda c: b"not gzip at all", lambda c: c[: len(c) // 2], flipped,
-     lambda c: c[:-8] + b"\0" * 8, lambda c: gzip.compress(b'{"input": "\xff"}\n')],
-    ids=["text", "cut", "flipped", "checksum", "encoding"],
+     lambda c: c[:-8] + b"\0" * 8],
+    ids=["text", "cut", "flipped", "checksum"],
 )  # fmt: skip
 def test_broken_files(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = write(tmp_path, [row(n) for n in range(500)])
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"fingpt_sentiment.train.jsonl.gz.*gzip-compressed JSON"):
+    with pytest.raises(DataError, match=r"train.jsonl.gz cannot be read to its end.*Copy the file"):
         read(tmp_path)
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path, [row(0)])
+    path.write_bytes(gzip.compress(b'{"input": "\xff"}\n'))
+    with pytest.raises(DataError, match=r"jsonl.gz.*expected UTF-8\. Store the file as UTF-8"):
+        read(tmp_path)
+
+
+FORMS = {
+    "blank lines": "\n\n{}\n\n \n{}\n\n\n", "BOM": "\ufeff{}\n{}\n", "CRLF": "{}\r\n{}\r\n",
+    "no newline": "{}\n{}", "BOM, CRLF, blank": "\ufeff\r\n{}\r\n\r\n{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_json_lines_as_people_have_them(tmp_path: Path, form: str, packed: bool) -> None:
+    path = write(tmp_path, [])
+    made = FORMS[form].format(*(json.dumps(row(n), ensure_ascii=False) for n in range(2))).encode()
+    if packed:
+        path.write_bytes(gzip.compress(made))
+    else:
+        path.unlink()
+        path.with_suffix("").write_bytes(made)
+    assert read(tmp_path).rows == [row(0), row(1)]
+
+
+def test_one_file_of_a_name(tmp_path: Path) -> None:
+    write(tmp_path, [row(0)]).with_suffix("").write_text(json.dumps(row(1)))
+    with pytest.raises(
+        DataError, match=r"got \['.*train.jsonl.gz', '.*train.jsonl'\].*one of them"
+    ):
+        read(tmp_path)
+
+
+CELLS = [
+    ("a", "a"),
+    (None, ""),
+    (7, "7"),
+    (0.1, "0.1"),
+    (True, "true"),
+    ("7", "7"),
+    ("None", "None"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), CELLS)
+def test_a_cell_as_text(value: Any, text: str) -> None:
+    """A number is written as JSON writes it."""
+    assert domains.cell({"x": value}, "x") == text and domains.cell({}, "x") == ""
+
+
+@pytest.mark.parametrize("value", [["positive"], {"a": 1}, []])
+def test_a_list_is_no_answer(tokenizer: Any, settings: Callable[..., Config], value: Any) -> None:
+    made = sources.Rows([row(0), row(1, output=value)], "folder:own", "d")
+    with pytest.raises(DataError, match=r"folder:own, row 1, column 'output': got [\[{].*one text"):
+        training.load(settings(clients__number=1), made, FINANCE, tokenizer, KEY)
+
+
+@pytest.mark.parametrize("name", ["coding", "finance", "general"])
+def test_input_may_be_missing_or_null(name: str) -> None:
+    domain = domains.load(name)
+    assert domain.columns == COLUMNS and domain.optional == OPTIONAL
+    for given in ({}, {"input": None}, {"input": ""}):
+        made = {"instruction": "I", "output": 3} | given
+        assert domain.pairs["fedsim"](made) == ("I", "3")
+        assert domain.pairs["flowertune"](made)[0].rstrip() == "I"  # the apps' own space
 
 
 def test_no_source_in_place_of_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -351,10 +415,11 @@ def test_no_source_in_place_of_another(monkeypatch: pytest.MonkeyPatch, tmp_path
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     data = Data(source="hub")
-    with pytest.raises(DataError, match=r"flwrlabs/fingpt.*ConnectionError.*--data-dir"):
-        sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
+    with pytest.raises(DataError, match=r"flwrlabs/fingpt.*no network.*--data-dir"):
+        sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS, OPTIONAL)
     bare = replace(FINANCE, name="bare", embedded=None)
     with pytest.raises(DataError, match=r"data.source: got 'embedded'.*'bare'"):
         sources.load(Data(source="embedded"), bare, bare.train[0], bare.columns)
@@ -380,8 +445,9 @@ def test_hub_sets_are_cut_as_the_evaluator_cuts(monkeypatch: pytest.MonkeyPatch)
     joined = datasets.concatenate_datasets(list(parts.values()))
     want = joined.train_test_split(test_size=0.25, seed=42)["test"]
     assert got.rows == list(want) and len(got) == 15
-    assert asked[0][0] == ("takala/financial_phrasebank", "sentences_50agree")
-    assert got.origin == "hub:takala/financial_phrasebank@main"
+    assert asked[0][0] == ("takala/financial_phrasebank",)
+    assert asked[0][1] == {"data_dir": "sentences_50agree", "revision": "refs/convert/parquet"}
+    assert got.origin == "hub:takala/financial_phrasebank@refs/convert/parquet"
     plain = sources.load(Data(source="hub"), FINANCE, DataSet("x", "test", "org/x"), ("sentence",))
     assert plain.rows == list(parts["test"]) and asked[1][1]["split"] == "test"
 
@@ -392,7 +458,9 @@ def test_training_sets_by_name() -> None:
     for name in (medical.train[1].name, medical.train[1].hub):
         assert sources.training_set(Data(train=name), medical) is medical.train[1]
     own = sources.training_set(Data(train="org/own"), medical)
-    assert (own.name, own.split, own.hub) == ("own", "train", "org/own")
+    assert (own.name, own.split, own.hub, own.revision) == ("own", "train", "org/own", None)
+    at = sources.training_set(Data(train="org/own@refs/pr/3"), medical)
+    assert (at.name, at.hub, at.revision) == ("own", "org/own", "refs/pr/3")
     there = sources.training_set(Data(train="own", source="directory"), medical)
     assert (there.name, there.split, there.hub) == ("own", "train", "")
 
@@ -457,7 +525,7 @@ def real() -> Data:
 
 def test_the_real_training_set() -> None:
     data = real()
-    rows = sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS)
+    rows = sources.load(data, FINANCE, sources.training_set(data, FINANCE), COLUMNS, OPTIONAL)
     assert len(rows) == 13_961
     answers = Counter(FINANCE.pairs["fedsim"](row)[1] for row in rows.rows)
     assert answers == {"neutral": 8366, "positive": 3451, "negative": 2144}

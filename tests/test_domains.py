@@ -520,29 +520,29 @@ def test_a_row_that_is_no_question(task: str, changes: dict[str, Any], protocol:
 # ----------------------------------------------------------------------------------------- rows
 
 
-def test_rows_of_the_hub_and_of_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lukaemon/mmlu has columns of its own and a configuration a subject, joined in order."""
+def test_configs_of_the_hub_are_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration a subject; also where a copy has lukaemon/mmlu's columns."""
     import datasets
 
     asked = []
 
-    def local(hub: str, config: str, **_: Any) -> list[dict[str, str]]:
-        asked.append((hub, config))
-        return [{"input": config, "A": "3", "B": "4", "C": "None", "D": "22", "target": "B"}]
+    def local(hub: str, name: str, **_: Any) -> list[dict[str, str]]:
+        asked.append((hub, name))
+        return [{"input": name, "A": "3", "B": "4", "C": "None", "D": "22", "target": "B"}]
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     task, sizes = TASKS["mmlu_humanities"], {"stem": 19, "social_sciences": 12, "humanities": 13}
     for category, size in sizes.items():
         assert len(TASKS[f"mmlu_{category}"].data.configs) == size
     rows = sources.load(Data(source="hub"), DOMAINS["general"], task.data, task.columns)
-    assert asked == [("lukaemon/mmlu", config) for config in task.data.configs]
+    assert asked == [("cais/mmlu", config) for config in task.data.configs]
     assert asked[0][1] == "formal_logic" and asked[-1][1] == "world_religions"
     for protocol in PROTOCOLS:
         assert [task.forms[protocol].item(row) for row in rows.rows] == [
             item("mmlu_humanities", protocol, question=config) for _, config in asked
         ]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"input": "x", "target": "F"}])
-    with pytest.raises(DataError, match=r"lukaemon/mmlu@main, row 0: column 'answer' is missing"):
+    with pytest.raises(DataError, match=r"cais/mmlu@main, row 0: column 'answer' is missing"):
         sources.load(Data(source="hub"), DOMAINS["general"], task.data, task.columns)
 
 

@@ -83,8 +83,8 @@ def cause(failure: Exception, dataset: DataSet) -> tuple[str, str]:
         )
     if among(RevisionNotFoundError) or said.startswith("Revision "):
         return f"has no revision {dataset.revision!r}", f"Name another behind @. {NO_HUB}"
-    library = {type(one).__module__.partition(".")[0] for one in kinds}
-    if among(ConnectionError, LocalEntryNotFoundError) or library & {"httpx", "httpcore"}:
+    by_http = any(type(one).__module__.startswith("http") for one in kinds)  # httpx, httpcore2 ...
+    if by_http or among(ConnectionError, LocalEntryNotFoundError):
         offline = constants.HF_HUB_OFFLINE
         return f"cannot be reached ({'HF_HUB_OFFLINE is set' if offline else said})", (
             f"{'Unset HF_HUB_OFFLINE, or w' if offline else 'W'}ithout a network use --data-dir "

@@ -112,7 +112,7 @@ def training_set(data: Data, domain: Domain) -> DataSet:
     """
     if data.source == "embedded":
         return DataSet(domain.name, "train")
-    if data.train is None:
+    if not data.train:
         return domain.train[0]
     for dataset in domain.train:
         if data.train in (dataset.name, dataset.hub):

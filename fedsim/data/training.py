@@ -59,8 +59,9 @@ class Training:
 
 def columns(config: Config, domain: Domain) -> tuple[str, ...]:
     """What every row must have."""
-    joins = config.data.rows == "joined"
-    return ("instruction", "input", "output") if joins else domain.columns
+    joined = ("instruction", "input", "output")
+    wanted = joined if config.data.rows == "joined" else domain.columns
+    return tuple(column for column in wanted if column not in domain.optional)
 
 
 def load(config: Config, rows: Rows, domain: Domain, tokenizer: Any, key: int) -> Training:

@@ -12,17 +12,12 @@ from dataclasses import replace
 from functools import partial
 
 from fedsim.completion import CPP, HUMANEVAL, JAVASCRIPT, MBPP, Dialect, decided, lenient, strict
-from fedsim.domains import DataSet, Domain, Form, Generation, Item, Program, Row, Task, cell, joined
+from fedsim.domains import Domain, joined, spaced
 from fedsim.forms import listed, texts
-from fedsim.tasks import MENDED
+from fedsim.tasks import MENDED, DataSet, Form, Generation, Item, Program, Row, Task
 
 BUILD = 15.0  # the harness's limit for g++
 SECONDS = 30.0  # ours: the slowest MBPP reference takes 9 s alone on a small machine
-
-
-def pair(row: Row) -> tuple[str, str]:
-    """Instruction and input joined by a space, as the leaderboard's code app does."""
-    return f"{cell(row, 'instruction')} {cell(row, 'input')}", cell(row, "output")
 
 
 def humaneval(row: Row) -> Item:
@@ -104,15 +99,11 @@ def _multipl(code: str, dialect: Dialect) -> Task:
 
 DOMAIN = Domain(
     name="coding",
-    train=(
-        DataSet("codealpaca", "train", "flwrlabs/code-alpaca-20k"),
-        DataSet("codealpaca_new", "train"),
-    ),
-    columns=("instruction", "output"),
-    optional=("input",),
-    pairs={"flowertune": pair, "fedsim": joined},
-    clients=10,
-    folder="code",
+    train=(DataSet("codealpaca", "train", "flwrlabs/code-alpaca-20k"),
+           DataSet("codealpaca_new", "train")),
+    columns=("instruction", "output"), optional=("input",),
+    pairs={"flowertune": spaced, "fedsim": joined},  # as the leaderboard's code app joins them
+    clients=10, folder="code",
     tasks={
         "humaneval": Task(
             DataSet("humaneval", "test", "openai/openai_humaneval"), _PROBLEM, _HUMANEVAL

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedsim import extraction
-from fedsim.domains import PROMPT, DataSet, Domain, Form, Generation, Item, Row, Task, cell, joined
+from fedsim.domains import PROMPT, Domain, joined, spaced
 from fedsim.forms import number, ours, real, texts
-from fedsim.tasks import CONVERTED, MENDED
+from fedsim.tasks import CONVERTED, MENDED, DataSet, Form, Generation, Item, Row, Task
 
 LABELS = ("negative", "neutral", "positive")
 QUESTION = (
@@ -19,11 +19,6 @@ QUESTION = (
     "Please choose an answer from {{negative/neutral/positive}}."
 )
 Read = Callable[[Row], tuple[str, str, str]]  # row -> text, news or tweet, label
-
-
-def pair(row: Row) -> tuple[str, str]:
-    """Instruction and input joined by a space, as the leaderboard's finance app does."""
-    return f"{cell(row, 'instruction')} {cell(row, 'input')}", cell(row, "output")
 
 
 def fpb(row: Row) -> tuple[str, str, str]:
@@ -95,7 +90,7 @@ DOMAIN = Domain(
     train=(DataSet("fingpt_sentiment", "train", "flwrlabs/fingpt-sentiment-train"),),
     columns=("instruction", "output"),
     optional=("input",),
-    pairs={"flowertune": pair, "fedsim": joined},
+    pairs={"flowertune": spaced, "fedsim": joined},  # as the leaderboard's finance app joins them
     clients=50,
     folder="finance",
     tasks={

@@ -55,9 +55,7 @@ def careqa(row: Row) -> Quiz:
 
 def medqa(row: Row) -> Quiz:
     """The right option is the first with the answer's text, as the official script finds it.
-
-    Options are a list of key and value, or one mapping.
-    """
+    Options are a list of key and value, or one mapping."""
     given = row["options"]
     mapped = isinstance(given, Mapping)
     options = tuple(given.values()) if mapped else tuple(option["value"] for option in given)
@@ -88,31 +86,25 @@ _PUBMEDQA = {
 }
 _MEDMCQA = lettered(ENTRANCE, medmcqa)
 _OPTIONS = ("question", "opa", "opb", "opc", "opd", "cop")
+_MCQ = DataSet("medmcqa", "validation", "openlifescienceai/medmcqa")
 _MEADOW = "medical_meadow_medical_flashcards"
 _WIKIDOC = "medical_meadow_wikidoc_patient_information"
 _MED_QA = "484a6c066fe8e75c83edea0c88b5169316714fcd"  # Parquet files, no loading script
+_FOLD = ("pubmed_qa_labeled_fold0_source",)
 
 DOMAIN = Domain(
     name="medical",
-    train=(
-        DataSet(_MEADOW, "train", "flwrlabs/medical-meadow-medical-flashcards"),
-        DataSet(_WIKIDOC, "train", f"medalpaca/{_WIKIDOC}"),
-    ),
+    train=(DataSet(_MEADOW, "train", "flwrlabs/medical-meadow-medical-flashcards"),
+           DataSet(_WIKIDOC, "train", f"medalpaca/{_WIKIDOC}")),
     columns=("input", "output"),
     pairs={"flowertune": pair, "fedsim": pair},
-    clients=20,
-    folder="medical",
+    clients=20, folder="medical",
     tasks={
         "pubmedqa": Task(
-            DataSet(
-                "pubmedqa", "test", "bigbio/pubmed_qa", ("pubmed_qa_labeled_fold0_source",),
-                CONVERTED,
-            ),
+            DataSet("pubmedqa", "test", "bigbio/pubmed_qa", _FOLD, CONVERTED),
             ("QUESTION", "CONTEXTS", "final_decision"), _PUBMEDQA,
         ),
-        "medmcqa": Task(
-            DataSet("medmcqa", "validation", "openlifescienceai/medmcqa"), _OPTIONS, _MEDMCQA
-        ),
+        "medmcqa": Task(_MCQ, _OPTIONS, _MEDMCQA),
         "medqa": Task(
             DataSet("medqa", "test", "bigbio/med_qa", ("med_qa_en_4options_source",), _MED_QA),
             ("question", "options", "answer"), lettered(LICENSING, medqa),

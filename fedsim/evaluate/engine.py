@@ -113,7 +113,7 @@ class Engine:
         prompts = [
             Prompt(i, r.adapter, np.array(ids))
             for i, (r, ids) in enumerate(
-                zip(requests, tokenise(self._tokenizer, requests), strict=True)
+                zip(requests, tokenise(self._tokenizer, requests, self._base.model), strict=True)
             )
         ]
         longest = max(len(p.ids) + r.max_new for p, r in zip(prompts, requests, strict=True))

@@ -46,7 +46,7 @@ class Stock:
             ModelError: an adapter has no folder, or PEFT cannot load it.
             DataError: a prompt has no tokens.
         """
-        ids = tokenise(self._tokenizer, requests)
+        ids = tokenise(self._tokenizer, requests, self._model)
         writings = [Writing(r, i, self._reader) for r, i in zip(requests, ids, strict=True)]
         short = [len(i) < r.padded for r, i in zip(requests, ids, strict=True)]
         if any(short):

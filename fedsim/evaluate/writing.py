@@ -17,17 +17,29 @@ def ends(tokenizer: Any, settings: Any) -> frozenset[int]:
     return frozenset(int(i) for i in (tokenizer.eos_token_id, *ids) if i is not None)
 
 
-def tokenise(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
+def tokenise(tokenizer: Any, requests: Sequence[Request], model: Any = None) -> list[list[int]]:
     """Prompts as they begin a text: BOS once, where the tokenizer adds one, and no EOS behind.
 
-    Raises DataError for one without tokens.
+    Args:
+        model: that reads them, if it is at hand.
+
+    Raises:
+        DataError: one has no tokens, or one that the model's embedding lacks.
     """
+    size = model.get_input_embeddings().num_embeddings if model is not None else 1 << 31
     ids = [row for row, _ in pieces.read(tokenizer, [r.prompt for r in requests])]
     for request, row in zip(requests, ids, strict=True):
         if not row:
             raise DataError(
                 "prompt", got=request.prompt, expected="at least one token to continue",
             )  # fmt: skip
+        if max(row) >= size:
+            token = tokenizer.convert_ids_to_tokens(max(row))
+            raise DataError(
+                f"prompt {request.prompt[:80]!r}: token {token!r} has number {max(row)}",
+                expected=f"one below {size:,}, the rows of the model's embedding",
+                remedy="Use the tokenizer that the model came with.",
+            )
     return ids
 
 
