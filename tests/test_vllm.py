@@ -320,6 +320,24 @@ def test_no_interpreter_is_an_error_with_the_remedy(fake: Fake, tmp_path: Path) 
     nothing_left(tmp_path)
 
 
+def test_a_padded_prompt_names_the_backend(fake: Fake) -> None:
+    with pytest.raises(ConfigError, match=r"padded prompts with the vllm backend.*engine"):
+        fake.backend().generate([Request("x", 0, 1, padded=9)], [Adapter("b")], GREEDY)
+
+
+def test_ends_and_special_tokens_are_told(fake: Fake, small_copy: Callable[..., Path]) -> None:
+    """Where only the tokenizer's own EOS ends a text the model's others are ignored."""
+    (comma,) = fake.tokenizer(",")["input_ids"]
+    fake.model = small_copy(eos_token_id=[0, comma])
+    asked = [Request("up, then", 0, 99), Request("up, then", 0, 99, one_end=True),
+             Request("up<eos>", 0, 99, special=True)]  # fmt: skip
+    outputs = fake.backend().generate(asked, [Adapter("b")], GREEDY)
+    assert [o.text for o in outputs] == ["up,", "up, then", "up<eos>"]
+    told = fake.log()[0]["requests"]
+    assert [(r["ends"], r["special"]) for r in told] == [([], False), ([0], False), ([], True)]
+    assert [o.mended for o in outputs] == [None, "up,", "up"]
+
+
 def test_likelihood_names_the_backend(fake: Fake) -> None:
     asked = [Request("x", 0, 1, choices=("a", "b"))]
     with pytest.raises(ConfigError, match=r"choices with the vllm backend.*engine"):
@@ -392,7 +410,8 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("stub")
 def test_the_worker_refuses_a_batch_that_mixes_base_and_adapters() -> None:
-    request = {"index": 0, "ids": [1], "adapter": 0, "max_new": 1, "stop": [], "seed": 0}
+    request = {"index": 0, "ids": [1], "adapter": 0, "max_new": 1, "stop": [], "seed": 0,
+               "ends": [], "special": False}  # fmt: skip
     batch = {"adapters": [{"id": 7, "folder": "f"}, None], "sampling": {}, "requests": [request]}
     engine = Engine()
     vllm_worker.add(engine, batch)
