@@ -104,7 +104,7 @@ FORMS = {
 
 @pytest.mark.parametrize("kind", FORMS)
 @given(output=TEXT, more=TEXT)
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_is_decided_stays(kind: str, output: str, more: str) -> None:
     for form, row in FORMS[kind]:
         item = form.item(row)
@@ -123,7 +123,7 @@ def test_no_phrasing_behind_a_decided_one_counts(kind: str) -> None:
     for text in TEXTS:
         if form.decided(item, f"{text}\n"):
             grades = form.grade(item, f"{text}\n")
-            for more in (*TEXTS[::7], "B. x\nC. y", "- x", "2. x"):
+            for more in (*TEXTS[::29], "B. x\nC. y", "- x", "2. x"):
                 assert form.grade(item, f"{text}\n{more}") == grades
 
 
@@ -137,7 +137,7 @@ def test_most_answers_are_decided_at_the_end_of_their_line() -> None:
 
 
 @given(output=TEXT, options=st.lists(st.text(max_size=8), min_size=1, max_size=30))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_nothing_raises(output: str, options: list[str]) -> None:
     assert extraction.letter(output, options) in (None, *extraction.LETTERS[: len(options)])
     assert extraction.mention(output, options) in (None, *options)
@@ -151,18 +151,19 @@ UNITS = (
 )  # fmt: skip
 
 
+def seconds(read: Read, text: str) -> float:
+    start = time.process_time()
+    read(text)
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize("read", [read for _, read, _ in LISTS], ids=[n for n, *_ in LISTS])
 def test_hostile_texts_take_no_time(read: Read) -> None:
     read("x")  # patterns are compiled once
     texts = [*hostile.long_texts(100_000), "<think>" + "x " * 50_000]
     texts += [(unit * (100_000 // len(unit) + 1))[:100_000] for unit in UNITS]
     for text in texts:
-        spent = []
-        for _ in range(3):
-            start = time.process_time()
-            read(text)
-            spent.append(time.process_time() - start)
-        assert min(spent) < 0.05, text[:40]
+        assert any(seconds(read, text) < 0.05 for _ in range(4)), text[:40]
 
 
 def test_time_grows_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,5 @@ def test_time_grows_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
         spent = []
         for size in (5_000, 40_000):
             monkeypatch.setattr("fedsim.answers.MOST", size)
-            start = time.process_time()
-            read(unit * (size // len(unit)))
-            spent.append(time.process_time() - start)
-        assert spent[1] < 24 * spent[0] + 0.05, unit
+            spent.append(min(seconds(read, unit * (size // len(unit))) for _ in range(4)))
+        assert spent[1] < 24 * spent[0], unit  # 8, were nothing fixed
