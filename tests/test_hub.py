@@ -136,7 +136,8 @@ def test_a_folder_and_a_file_are_not_the_hub(place: Path) -> None:
     }  # fmt: skip
     assert file.origin == "file:train.jsonl"
     assert {r.digest for r in (*found.values(), file)} == {file.digest} and file.rows == ROWS
-    scores = [{"protocol": "flowertune", "source": "hub:x@main", "whole": True}]
+    scores = [{"protocol": "flowertune", "source": "hub:x@main", "whole": True,
+               "precision": "fp4, float32"}]  # fmt: skip
     for rows in (*found.values(), file):
         assert "data instead of the hub's" in comparable(scores, rows.origin)
     assert not comparable(scores, "hub:x@main")
