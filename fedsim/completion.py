@@ -8,11 +8,13 @@ or the whole function written again. An output that goes on is read alike by bot
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsim.extraction import cut
-from fedsim.tasks import Item, Program
+from fedsim.tasks import MENDED, Item, Program
+
+BUILD = 15.0  # the harness's limit for g++
 
 _BLOCK = re.compile(r"^```[^\n]*\n(.*?)(^```|\Z)", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(  # a first line that is Python, and no sentence about it
@@ -68,6 +70,13 @@ def strict(item: Item, output: str, dialect: Dialect, seconds: float) -> Program
     """prompt + output up to a stop text + tests, as the harness assembles it."""
     source = item.prompt + cut(output, dialect.stop)
     return Program(dialect.language, f"{source}\n{item.facts['tests']}", seconds)
+
+
+def official(item: Item, output: str, dialect: Dialect) -> dict[str, bool | Program]:
+    """The harness's program under its limits. It runs Python within its own process, where an exit
+    is a failure; of another language it sees the exit code alone, which `MENDED` does not take."""
+    program = replace(strict(item, output, dialect, dialect.seconds), build=BUILD)
+    return {"official": replace(program, early=dialect.language != "python"), MENDED: program}
 
 
 def lenient(item: Item, output: str, dialect: Dialect, seconds: float) -> Program:

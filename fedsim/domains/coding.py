@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
-from fedsim.completion import CPP, HUMANEVAL, JAVASCRIPT, MBPP, Dialect, decided, lenient, strict
+from fedsim import completion
+from fedsim.completion import CPP, HUMANEVAL, JAVASCRIPT, MBPP, Dialect, official
 from fedsim.domains import Domain, joined, spaced
 from fedsim.forms import listed, texts
 from fedsim.tasks import MENDED, DataSet, Form, Generation, Item, Program, Row, Task
 
-BUILD = 15.0  # the harness's limit for g++
 SECONDS = 30.0  # ours: the slowest MBPP reference takes 9 s alone on a small machine
 
 
@@ -56,31 +55,24 @@ def _forms(
     item: Callable[[Row], Item], dialect: Dialect, max_length: int = 1024,
     own: Callable[[Row], Item] | None = None,
 ) -> Mapping[str, Form]:  # fmt: skip
-    """Official: one sample a problem, never quantised; the harness keeps special tokens in the
-    program, and takes exit code 0 for a pass where it starts a process (`MENDED` does neither).
-    Ours: greedy, without stop texts, which a lenient reading may have to read beyond."""
+    """Official: one sample a problem, never quantised. Ours: greedy, without stop texts, which a
+    lenient reading may have to read beyond."""
     generation = Generation(
-        max_new=0, max_length=max_length, stop=dialect.stop, temperature=0.2, top_p=0.95, top_k=0,
-        special=True,
-    )  # fmt: skip
-
-    def official(item: Item, output: str) -> dict[str, bool | Program]:
-        program = replace(strict(item, output, dialect, dialect.seconds), build=BUILD)
-        return {
-            "official": replace(program, early=dialect.language != "python"), MENDED: program
-        }  # fmt: skip
+        0, max_length, stop=dialect.stop, temperature=0.2, top_p=0.95, top_k=0, special=True
+    )
 
     def grade(item: Item, output: str) -> dict[str, bool | Program]:
-        readings = {"strict": strict, "lenient": lenient}
+        readings = {"strict": completion.strict, "lenient": completion.lenient}
         return {name: read(item, output, dialect, SECONDS) for name, read in readings.items()}
 
     return {
         "flowertune": Form(
-            item, official, ("official", MENDED), generation, precision="full"
+            item, partial(official, dialect=dialect), ("official", MENDED), generation,
+            precision="full",
         ),
         "fedsim": Form(
             own or item, grade, ("strict", "lenient"), Generation(max_new=512),
-            decided=partial(decided, dialect=dialect),
+            decided=partial(completion.decided, dialect=dialect),
         ),
     }  # fmt: skip
 
