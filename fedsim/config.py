@@ -43,7 +43,7 @@ class Adapter(Section):
         "default", description="pissa: begin as the weights' largest singular parts"
     )
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Names = Field((), description="module names; empty: PEFT's default for the model")
+    targets: Names = Field((), description="names, x? where there is one; empty: PEFT's default")
 
     def scale(self, rank: int | None = None) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732); r: `rank` if not given."""
@@ -61,9 +61,7 @@ class Data(Section):
     dir: str | None = Field(None, description="with source = directory; else FEDSIM_DATA")
     train: str | None = Field(None, description="training set; default: the domain's own")
     max_length: int = Field(512, ge=8)
-    rows: Literal["domain", "joined"] = Field(
-        "domain", description="joined: instruction, a space and input, whatever the domain"
-    )
+    rows: Literal["domain", "joined"] = Field("domain", description="joined: input appended")
     limit: int | None = Field(None, ge=1, description="use only the first n training rows")
     max_unlabelled: float = Field(0.1, ge=0, le=1, description="share of rows without a label")
 

@@ -32,7 +32,8 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
 
     Args:
         targets: last parts of module names (`q_proj`), whole names, or `all-linear` for every
-            linear but the head.
+            linear but the head. One with a `?` behind it (`qkv_proj?`) may match nothing, as any
+            may with PEFT; not all of them.
 
     Raises:
         ModelError: a target matches nothing, or something that is not a linear.
@@ -40,15 +41,21 @@ def target_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.L
     every = linears(model)
     if targets == ("all-linear",):
         return every
+    found: set[str] = set()
+    amiss = []
     for target in targets:
-        if not any(n == target or n.endswith(f".{target}") for n in every):
-            leaves = {n.rpartition(".")[2] for n in every}
-            raise ModelError(
-                "adapter.targets", got=target, expected="the name of a linear of this model",
-                remedy=nearest(target, leaves),
-            )  # fmt: skip
-    return {n: m for n, m in every.items()
-            if any(n == t or n.endswith(f".{t}") for t in targets)}  # fmt: skip
+        name = target.removesuffix("?")
+        hits = {n for n, _ in model.named_modules() if n == name or n.endswith(f".{name}")}
+        found |= hits & every.keys()
+        if not hits & every.keys() and (hits or name == target):
+            amiss.append(name)
+    if amiss or not found:
+        name = (amiss or [targets[0].removesuffix("?")])[0]
+        raise ModelError(
+            "adapter.targets", got=name, expected="the name of a linear of this model",
+            remedy=nearest(name, {n.rpartition(".")[2] for n in every}),
+        )  # fmt: skip
+    return {n: m for n, m in every.items() if n in found}
 
 
 @contextmanager

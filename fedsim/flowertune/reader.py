@@ -48,12 +48,13 @@ def shown(value: Any) -> str:
 
 
 def listed(value: Any) -> tuple[str, ...]:
-    """Names of modules. Raises ValueError for a pattern."""
+    """Names of modules, each of which may fit nothing, as with PEFT. Raises ValueError for a
+    pattern."""
     if value == "all-linear":
         return (value,)
     if isinstance(value, str):
         raise ValueError('a pattern of names; list the names, or write "all-linear"')
-    return tuple(sorted(str(name).strip() for name in value or ()))
+    return tuple(sorted(f"{name}?".replace(" ", "") for name in value or ()))
 
 
 class Reader:
