@@ -197,6 +197,8 @@ def test_a_later_one_adds_and_the_same_replaces(settings: Settings, tmp_path: Pa
     written = json.loads((out / "scores.json").read_text())
     assert written == [s.record() for s in [*first, *second]]
     assert len(answers(out)) == 6 + 3
+    told = json.loads((out / "environment.json").read_text())["subjects"]
+    assert [s["name"] for s in told] == ["a", "b"]
     again = evaluated(resolve([str(b)]), out, evaluate={"limit": 3})
     assert [(s.metric, s.value) for s in again] == [(s.metric, s.value) for s in second]
     assert json.loads((out / "scores.json").read_text()) == written and len(answers(out)) == 6 + 3
@@ -205,6 +207,19 @@ def test_a_later_one_adds_and_the_same_replaces(settings: Settings, tmp_path: Pa
     third = evaluated(resolve([str(b)]), out, fresh=True)
     assert json.loads((out / "scores.json").read_text()) == [s.record() for s in third]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "a", "b", "out"]
+
+
+@pytest.mark.parametrize("name", ["scores.json", "environment.json", "eval/newswire.jsonl"])
+def test_what_cannot_be_read_is_said_first(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before anything is computed, which would have no place to go."""
+    made = adapter(settings(), tmp_path / "a")
+    evaluated(resolve([str(made)]), tmp_path / "out")
+    (tmp_path / "out" / name).write_text('{"half')
+    monkeypatch.setattr(comparison, "evaluate", lambda *_: pytest.fail("computed"))
+    with pytest.raises(FedSimError, match=f"{name} cannot be read"):
+        evaluated(resolve([str(made)]), tmp_path / "out")
 
 
 def test_default_folders_tell_targets_apart(

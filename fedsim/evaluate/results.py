@@ -49,6 +49,15 @@ class Results:
                 remedy="Give another --out.",
             )  # fmt: skip
         self._read()
+        if not fresh:  # what cannot be read is said before anything is computed
+            for file in sorted(path.glob("eval/*.jsonl")):
+                self._folder.read(str(file.relative_to(path)))
+            for name in ("references.json", "environment.json"):
+                self._known(name)
+
+    def _known(self, name: str) -> dict[str, Any]:
+        there = (self._folder.path / name).is_file()
+        return self._folder.read_json(name) if there else {}
 
     def _read(self) -> list[dict[str, Any]]:
         file = self._folder.path / "scores.json"
@@ -102,10 +111,13 @@ class Results:
             self._folder = replacing(self.path)
         folder = self._folder
         folder.begin(self._heads["config"])
-        known = folder.path / "references.json"
-        before = folder.read_json(known.name) if known.is_file() else {}
-        folder.write_json("environment.json", self._heads["environment"])
-        folder.write_json("references.json", before | dict(self._heads["references"]))
+        now = dict(self._heads["environment"])
+        ids = {s["subject"] for s in now["subjects"]}
+        old = [s for s in self._known("environment.json").get("subjects", [])
+               if s.get("subject") not in ids]  # fmt: skip
+        folder.write_json("environment.json", now | {"subjects": [*old, *now["subjects"]]})
+        references = self._known("references.json") | dict(self._heads["references"])
+        folder.write_json("references.json", references)
 
     def draw(self, scores: Sequence[Score]) -> None:
         """The curve over the rounds, where there are several."""
