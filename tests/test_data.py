@@ -210,7 +210,7 @@ def test_the_second_time_nothing_is_tokenised(
 @pytest.mark.parametrize(
     "change",
     [{"run__protocol": "flowertune"}, {"data__max_length": 255}, {"data__limit": 199},
-     "rows", "domain", "tokenizer"],
+     {"data__rows": "joined"}, "rows", "domain", "tokenizer"],
 )  # fmt: skip
 def test_whatever_changes_the_tokens_is_in_the_key(
     tokenizer: Any, cache: Path, settings: Callable[..., Config], change: Any

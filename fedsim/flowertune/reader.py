@@ -206,7 +206,8 @@ class Reader:
             self.problem(f"{where} = {ast.unparse(node)}", f"{what}; write the value",
                          *([target] if target else []))  # fmt: skip
             return
-        self.take(key, value, where)
+        if key not in self.given or self.given[key] != value:  # else it has been taken
+            self.take(key, value, where)
 
     def number(self, key: str, default: float) -> float:
         """One of the app's keys that is a number. Notes a problem where it is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from fedsim.flowertune.reader import Reader, shown
+from fedsim.flowertune.reader import Found, Reader, shown
 from fedsim.flowertune.tables import PASSED, WATCHED
 
 
@@ -47,33 +47,29 @@ class ServerRules(Reader):
                               f"{where}({shares[0].arg})")  # fmt: skip
         if self.given.get("strategy.fraction_evaluate"):
             self.note("strategy.fraction-evaluate", "clients do not evaluate; no adapter changes")
-        if "server.strategy" in self.assigned:
-            text = f"answered by --set server.strategy={self.assigned['server.strategy']}"
-            for where, name, _ in rules:
-                if not self.is_a("FedAvg", name):
-                    self.note(where, text)
-            if "strategy.proximal_mu" in self.given:
-                self.note(f"strategy.proximal_mu = {shown(self.given['strategy.proximal_mu'])}",
-                          "not used: a rule's own options are server.options")  # fmt: skip
-            return
+        term = self.proximal([call for _, _, call in rules])
         for where, name, call in rules:
-            given = {f"{k.arg}" for k in call.keywords} - self.own_arguments(name)
-            plain = not self.proximal([c for _, _, c in rules])
-            if plain and self.is_a("FedProx", name) and given <= PASSED | {"proximal_mu"}:
+            own, given = self.own_arguments(name), {f"{k.arg}" for k in call.keywords}
+            if not own & PASSED and self.is_a("FedAvg", name) and given - own <= PASSED:
+                self.keep("server.strategy", Found("fedavg", where))
+            elif not term and self.is_a("FedProx", name) and given <= PASSED | {"proximal_mu"}:
+                self.keep("server.strategy", Found("fedavg", where))
                 self.note(where, "FedProx, whose term is the client's to add; this app's client "
                           "adds none: computed as FedAvg, which it is")  # fmt: skip
-                continue
-            if not self.is_a("FedAvg", name) or not given <= PASSED:
+            else:
                 self.problem(where, "not FedAvg, nor a class that only watches it",
                              "server.strategy")  # fmt: skip
         if not rules:
             self.problem("ServerApp", "no call of a strategy with fraction_fit or fraction_train",
                          "server.strategy")  # fmt: skip
+        if "server.strategy" in self.assigned and "strategy.proximal_mu" in self.given:
+            self.note(f"strategy.proximal_mu = {shown(self.given['strategy.proximal_mu'])}",
+                      "not used: a rule's own options are server.options")  # fmt: skip
 
     def own_arguments(self, name: str) -> set[str]:
         """What the constructor of an app's class takes for itself."""
         found = self.flow.functions.get(name.rpartition(".")[2], [])
-        return {a.arg for node, _, _ in found for a in node.args.args}
+        return {a.arg for node, _, _ in found for a in [*node.args.args, *node.args.kwonlyargs]}
 
     def proximal(self, strategies: list[ast.Call]) -> bool:
         """Whether code has a proximal term anywhere but in what the server's rule is given."""
