@@ -48,11 +48,20 @@ class Listed:
         return [Output(text, (), "eos") for text, _ in zip(self.texts, requests, strict=True)]
 
 
-def words(texts: str | list[str], **_: Any) -> dict[str, list[Any]]:
+class Words:
     """A tokenizer of one token a word."""
-    one = isinstance(texts, str)
-    ids = [text.split() for text in ([texts] if one else texts)]
-    return {"input_ids": ids[0] if one else ids}
+
+    is_fast = True
+
+    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, list[Any]]:
+        one = isinstance(texts, str)
+        ids = [text.split() for text in ([texts] if one else texts)]
+        none: list[Any] = [[(0, 0)] * len(row) for row in ids]
+        return {"input_ids": ids[0] if one else ids, "offset_mapping": none,
+                "special_tokens_mask": [0]}  # fmt: skip
+
+
+words = Words()
 
 
 def form(generation: Generation, **changes: Any) -> Form:

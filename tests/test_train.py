@@ -126,8 +126,8 @@ def test_clients_of_any_size_learn_what_they_learn_alone(
         assert got.tokens == sum(one.store.lengths[e].sum() for e in steps)
         assert got.ok.all()
         # The first loss is that of the start; later ones are of weights that differ in rounding.
-        assert got.loss_first == pytest.approx(alone.loss_first, rel=1e-5)
-        assert got.loss_last == pytest.approx(alone.loss_last, rel=1e-2)
+        assert got.loss_first == pytest.approx(alone.loss_first, rel=1e-5, nan_ok=True)
+        assert got.loss_last == pytest.approx(alone.loss_last, rel=1e-2, nan_ok=True)
     assert meter.steps == meter.steps_done == sum(STEPS)
     assert meter.tokens == sum(int(u.tokens.sum()) for u in together)
     assert meter.utilisation is not None and 0 < meter.utilisation <= 1
@@ -368,8 +368,8 @@ def test_strict_is_bit_for_bit_the_same_in_any_packing(
         updates = one.updates(clients, rank=ranks[list(clients)], **how, **STRICT)
         for client, got in zip(clients, updates, strict=True):
             assert torch.equal(got.row, want[client].row), (clients, how, client)
-            assert got.loss_first == want[client].loss_first
-            assert got.loss_last == want[client].loss_last
+            np.testing.assert_array_equal(got.loss_first, want[client].loss_first)
+            np.testing.assert_array_equal(got.loss_last, want[client].loss_last)
 
 
 def test_strict_equals_fast(lab: Callable[..., Lab]) -> None:
