@@ -59,7 +59,7 @@ class Data(Section):
     domain: str = "finance"
     source: Literal["hub", "directory", "embedded"] = "hub"
     dir: str | None = Field(None, description="with source = directory; else FEDSIM_DATA")
-    train: str | None = Field(None, description="training set; default: the domain's own")
+    train: str | None = Field(None, description="a set, an id of the hub, a folder or a .jsonl")
     max_length: int = Field(512, ge=8)
     rows: Literal["domain", "joined"] = Field("domain", description="joined: input appended")
     limit: int | None = Field(None, ge=1, description="use only the first n training rows")
