@@ -221,13 +221,13 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
     if resume:
         if not path.is_dir():
             raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
-        if file.is_file():
-            check_same(config, path)
-        elif not _is_run(path):
+        if not _is_run(path):
             raise CheckpointError(
-                f"{path} is not a run's folder", expected="a config.toml in it",
+                f"{path} is not a run's folder", expected="a config.toml and a checkpoint in it",
                 remedy="Give another name with --set run.name=...",
             )  # fmt: skip
+        if file.is_file():
+            check_same(config, path)
         return folder
     if not path.exists():
         return folder

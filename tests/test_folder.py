@@ -136,6 +136,8 @@ def test_a_run_never_replaces_an_evaluation(small: Settings, tmp_path: Path) -> 
     for fresh in (False, True):
         with pytest.raises(ConfigError, match="is not a run's folder"):
             simulate.run(small(), fresh=fresh)
+    with pytest.raises(CheckpointError, match="is not a run's folder"):
+        simulate.run(small(), resume=True)
     assert len(content(folder)) == 4
 
 
