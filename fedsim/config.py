@@ -15,7 +15,7 @@ from fedsim.channel import Channel
 from fedsim.clients import Clients
 from fedsim.errors import ConfigError, nearest
 from fedsim.privacy import Privacy
-from fedsim.schedule import Scheduled
+from fedsim.scheduled import Scheduled
 from fedsim.section import Names, Recompute, Section
 
 PRESETS = Path(__file__).parent / "presets"
