@@ -40,6 +40,7 @@ from tests import official
 from tests.conftest import require
 from tests.lab import open_base
 from tests.real import real
+from tests.toy_tokenizers import words
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -397,20 +398,6 @@ class Given:
         return list(self.outputs)
 
 
-class Words:
-    """A tokenizer of one token a word."""
-
-    eos_token = "<eos>"
-
-    def __init__(self, side: str = "right") -> None:
-        self.padding_side = side
-
-    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, list[Any]]:
-        one = isinstance(texts, str)
-        ids = [text.split() for text in ([texts] if one else texts)]
-        return {"input_ids": ids[0] if one else ids}
-
-
 def asked_of(
     backend: Given, tokenizer: Any, domain: str, task: str, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -435,7 +422,7 @@ def test_padded_prompts_are_asked_twice() -> None:
     texts = [output("none"), output("positive", "neutral"), output("positive"), output("no", "so"),
              output("x", "positive"), output("negative"), output("positive yes")]  # fmt: skip
     backend = Given(texts)
-    lines = asked_of(backend, Words(), "finance", "fpb", SENTENCES)
+    lines = asked_of(backend, words(), "finance", "fpb", SENTENCES)
     wide = len(backend.asked[1].prompt.split())
     assert [r.padded for r in backend.asked] == [wide, 0, wide, wide, 0, 0, 0]
     assert [r.prompt for r in backend.asked[4:]] == [backend.asked[i].prompt for i in (0, 2, 3)]
@@ -448,7 +435,7 @@ def test_padded_prompts_are_asked_twice() -> None:
 
 def test_padding_before_the_prompt_is_asked_once() -> None:
     backend = Given([output(t) for t in ("positive", "b", "c", "positive")])
-    lines = asked_of(backend, Words("left"), "finance", "fpb", SENTENCES)
+    lines = asked_of(backend, words("left"), "finance", "fpb", SENTENCES)
     assert len(backend.asked) == 4 and sum(r.padded > 0 for r in backend.asked) == 3
     assert [line["official"] for line in lines] == [line[MENDED] for line in lines]
 
@@ -459,7 +446,7 @@ def test_batches_are_of_32_in_the_sets_order() -> None:
     shorter = sum(n < most for n, most in zip(counts, longest, strict=True))
     backend = Given([output("")] * (70 + shorter))
     rows = [{"sentence": "up " * n, "label": 1} for n in counts]
-    assert len(asked_of(backend, Words(), "finance", "fpb", rows)) == 70
+    assert len(asked_of(backend, words(), "finance", "fpb", rows)) == 70
     frame = len(backend.asked[0].prompt.split()) - counts[0]
     want = [frame + most if n < most else 0 for n, most in zip(counts, longest, strict=True)]
     assert [r.padded for r in backend.asked] == want + [0] * shorter
@@ -467,7 +454,7 @@ def test_batches_are_of_32_in_the_sets_order() -> None:
 
 def test_a_backend_that_cannot_pad_gives_the_mended_score() -> None:
     backend = Given([output("positive", t) for t in ("a", "b", "positive", "d")], pads=False)
-    lines = asked_of(backend, Words(), "finance", "fpb", SENTENCES)
+    lines = asked_of(backend, words(), "finance", "fpb", SENTENCES)
     assert all(r.padded == 0 for r in backend.asked) and len(backend.asked) == 4
     assert [line[MENDED] for line in lines] == [False, False, True, False]
     assert not any("official" in line or "output" in line for line in lines)
@@ -495,7 +482,7 @@ def test_programs_are_graded_twice(task: str) -> None:
     texts = [output(right, right), output(f"{right}<|endoftext|>", right), output(early, early),
              output(wrong, wrong)]  # fmt: skip
     backend = Given(texts)
-    lines = asked_of(backend, Words(), "coding", task, [PROGRAMS[task]] * 4)
+    lines = asked_of(backend, words(), "coding", task, [PROGRAMS[task]] * 4)
     assert [line["official"] for line in lines] == [True, False, task != "humaneval", False]
     assert [line[MENDED] for line in lines] == [True, True, False, False]
     assert [line["output"] for line in lines] == [o.text for o in texts]
@@ -508,7 +495,7 @@ def test_one_run_decides_both(monkeypatch: pytest.MonkeyPatch) -> None:
     grade = sandbox.grade
     monkeypatch.setattr(sandbox, "grade", lambda p, **how: ran.append(len(p)) or grade(p, **how))
     texts = [output(RIGHT["humaneval"], RIGHT["humaneval"])]
-    asked_of(Given(texts), Words(), "coding", "humaneval", [PROGRAMS["humaneval"]])
+    asked_of(Given(texts), words(), "coding", "humaneval", [PROGRAMS["humaneval"]])
     assert set(ran) == {1}
 
 

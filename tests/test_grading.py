@@ -31,6 +31,7 @@ from fedsim.evaluate.generation import Output
 from fedsim.tasks import MENDED
 from tests import hostile, official
 from tests.conftest import require
+from tests.toy_tokenizers import letters
 
 REAL = Path(os.environ.get("FEDSIM_DATA") or Path(__file__).parents[2] / "shared" / "data")
 NAMES = {"multiple-js": "multipl_js", "multiple-cpp": "multipl_cpp"}  # the harness's -> ours
@@ -166,22 +167,12 @@ def test_some_questions_of_mmlu_are_there_twice() -> None:
 # ------------------------------------------------------------------------------------ limits
 
 
-class Letters:
-    """A tokenizer of characters."""
-
-    is_fast = True
-
-    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, Any]:
-        none = [[(0, 0)] * len(text) for text in texts]
-        return {"input_ids": list(texts), "offset_mapping": none, "special_tokens_mask": [0]}
-
-
-letters = Letters()
+LETTERS = letters()
 
 
 def test_an_official_batch_has_the_length_of_its_first_gold() -> None:
     asked = questions("pubmedqa")
-    most = scores.most_tokens(form("pubmedqa"), asked, letters)
+    most = scores.most_tokens(form("pubmedqa"), asked, LETTERS)
     assert most == [len(asked[i - i % 16].gold) for i in range(len(asked))]
     assert {2, 3} < set(most) and any(m < len(item.gold) for m, item in zip(most, asked))
 
@@ -192,7 +183,7 @@ def test_an_official_finance_batch_is_as_long_as_its_longest_prompt() -> None:
     batches = [asked[i : i + 32] for i in range(0, len(asked), 32)]
     longest = [max(len(item.prompt) for item in batch) for batch in batches]
     want = [max(512 - n, 1) for n, batch in zip(longest, batches) for _ in batch]
-    assert scores.most_tokens(form("fpb"), asked, letters) == want
+    assert scores.most_tokens(form("fpb"), asked, LETTERS) == want
 
 
 # ----------------------------------------------------------------------------------- hostility

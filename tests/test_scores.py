@@ -28,6 +28,7 @@ from fedsim.evaluate.suite import Questions
 from fedsim.tasks import Form, Generation, Item, Program
 from fedsim.world import load_world
 from tests.rules import Kept
+from tests.toy_tokenizers import words
 
 ITEMS = [Item("one?", "yes"), Item("two?", "maybe not"), Item("one?", "no"), Item("four?", "a")]
 
@@ -48,20 +49,7 @@ class Listed:
         return [Output(text, (), "eos") for text, _ in zip(self.texts, requests, strict=True)]
 
 
-class Words:
-    """A tokenizer of one token a word."""
-
-    is_fast = True
-
-    def __call__(self, texts: str | list[str], **_: Any) -> dict[str, list[Any]]:
-        one = isinstance(texts, str)
-        ids = [text.split() for text in ([texts] if one else texts)]
-        none: list[Any] = [[(0, 0)] * len(row) for row in ids]
-        return {"input_ids": ids[0] if one else ids, "offset_mapping": none,
-                "special_tokens_mask": [0]}  # fmt: skip
-
-
-words = Words()
+WORDS = words()
 
 
 def form(generation: Generation, **changes: Any) -> Form:
@@ -78,7 +66,7 @@ def asked(form: Form, items: Sequence[Item] = ITEMS) -> Questions:
 
 def subject(backend: Any, adapters: int = 1) -> Subject:
     names = [Adapter(f"a{i}") for i in range(adapters)]
-    return Subject(backend, words, names, list(range(adapters)), "float32", Sampling())
+    return Subject(backend, WORDS, names, list(range(adapters)), "float32", Sampling())
 
 
 @pytest.mark.parametrize(
@@ -93,18 +81,18 @@ def subject(backend: Any, adapters: int = 1) -> Subject:
     ],
 )
 def test_tokens_of_an_answer(generation: Generation, most: list[int]) -> None:
-    assert most_tokens(form(generation), ITEMS, words) == most
+    assert most_tokens(form(generation), ITEMS, WORDS) == most
 
 
 def test_a_batch_takes_the_first_golds_length() -> None:
     items = [ITEMS[1], *ITEMS]  # "maybe not" leads the first batch of three
-    assert most_tokens(form(Generation(0, batch=3)), items, words) == [2, 2, 2, 1, 1]
+    assert most_tokens(form(Generation(0, batch=3)), items, WORDS) == [2, 2, 2, 1, 1]
 
 
 def test_a_batch_is_padded_to_its_longest_prompt() -> None:
     """4 tokens less 2 of "and two?" for the first batch, less 1 for the second."""
     items = [Item("one?"), Item("and two?"), Item("three?"), Item("four?")]
-    assert most_tokens(form(Generation(0, max_length=4, batch=2)), items, words) == [2, 2, 3, 3]
+    assert most_tokens(form(Generation(0, max_length=4, batch=2)), items, WORDS) == [2, 2, 3, 3]
 
 
 def test_every_adapter_answers_every_question() -> None:
