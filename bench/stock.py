@@ -65,7 +65,7 @@ def padded(store: TokenStore, examples: np.ndarray, device: torch.device) -> dic
     ids = pad_sequence(rows, batch_first=True)
     column, ends = torch.arange(ids.shape[1]), torch.as_tensor(store.lengths[examples])[:, None]
     spans = zip(store.offsets[examples], store.offsets[examples + 1], strict=True)
-    trained = [torch.as_tensor(np.asarray(store.trained[a:b])) for a, b in spans]
+    trained = [torch.as_tensor(np.array(store.trained[a:b])) for a, b in spans]
     labels = ids.masked_fill(~pad_sequence(trained, batch_first=True), -100)
     batch = {"input_ids": ids, "attention_mask": (column < ends).long(), "labels": labels}
     return {name: part.to(device) for name, part in batch.items()} | {"use_cache": False}

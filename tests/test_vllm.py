@@ -84,11 +84,15 @@ def configuration(name: str, **changes: Any) -> Config:
 
 
 def adapter_folder(folder: Path, rank: int, **config: Any) -> Path:
-    """As little as the parent reads of an adapter."""
+    """An adapter of one linear."""
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, **config}))
-    save_file({"a": torch.ones(rank, 3), "b": torch.ones(5, rank)},
-              folder / "adapter_model.safetensors")  # fmt: skip
+    settings = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": rank, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    r, q = config.get("rank_pattern", {}).get("q_proj", rank), "base_model.model.m.q_proj.lora_"
+    tensors = {f"{q}A.weight": torch.ones(r, 3), f"{q}B.weight": torch.ones(5, r)}
+    if config.get("use_dora"):
+        tensors[f"{q}magnitude_vector"] = torch.ones(5)
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -152,7 +156,8 @@ def test_outputs_come_in_the_order_of_the_requests(fake: Fake, tmp_path: Path) -
         assert output == Output(fake.tokenizer.decode(ids), tuple(ids), "length")
     (seen,) = fake.log()
     assert [r["adapter"] for r in seen["requests"]] == [0, 0, 0, 1, 1, 2, 2]
-    assert [a["folder"] for a in seen["adapters"]] == [str(f) for f in folders]
+    names = [Path(a["folder"]).name for a in seen["adapters"]]  # written anew, of one form
+    assert names == ["adapter-0", "adapter-1", "adapter-2"]
     nothing_left(tmp_path)
 
 
@@ -203,12 +208,14 @@ def test_the_base_beside_adapters_is_an_adapter_of_zeros(fake: Fake, tmp_path: P
                 Adapter("again"), Adapter("unused", adapter_folder(tmp_path / "u", 2))]  # fmt: skip
     fake.backend().generate([Request("x", i, 1) for i in (0, 1, 2)], adapters, GREEDY)
     given = fake.log()[0]["adapters"]
-    assert [a and Path(a["folder"]).name for a in given] == ["zero", "a", "zero", None]
+    assert [a and Path(a["folder"]).name for a in given] == ["zero", "adapter-1", "zero", None]
     zero = Path(f"{fake.seen}.zero")
-    assert json.loads((zero / "adapter_config.json").read_text()) == {"r": 4, "lora_alpha": 8}
+    written = json.loads((zero / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (4, 4)  # the scale, 2, is in B
     tensors = load_file(zero / "adapter_model.safetensors")
     assert {k: (v.shape, v.any()) for k, v in tensors.items()} == {
-        "a": ((4, 3), False), "b": ((5, 4), False)
+        f"base_model.model.m.q_proj.lora_{kind}.weight": (shape, False)
+        for kind, shape in (("A", (4, 3)), ("B", (5, 4)))
     }  # fmt: skip
 
 
