@@ -73,8 +73,16 @@ class Weights:
         if index.is_file():
             names = set(json.loads(index.read_text())["weight_map"].values())
         for file in (self.path / name for name in names if (self.path / name).is_file()):
-            with file.open("rb") as stream:
-                head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            try:
+                with file.open("rb") as stream:
+                    head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                head.items()
+            except (OSError, ValueError, AttributeError, OverflowError, MemoryError) as failure:
+                raise ModelError(
+                    f"{file} cannot be read ({failure})",
+                    expected="a whole safetensors file",
+                    remedy="Fetch or copy it again.",
+                ) from None
             head.pop("__metadata__", None)
             out |= {name: {**entry, "file": file} for name, entry in head.items()}
         return out
@@ -221,17 +229,25 @@ def _find(name: str, revision: str | None) -> Weights:
     return Weights(folder, f"package {alias.requirement} ({alias.form})", alias.hub)
 
 
+_READ = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+         "model.safetensors.index.json")  # fmt: skip
+
+
 def _check(found: Weights) -> None:
     """Raise ModelError where there is no model, or one whose weights are stored in few bits."""
     file = found.path / "config.json"
     try:
+        for file in (found.path / name for name in _READ if (found.path / name).is_file()):
+            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("it holds no object")
+        file = found.path / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         if not (isinstance(config, dict) and isinstance(config.get("model_type"), str)):
             raise ValueError("it names no model_type")
     except (OSError, ValueError, RecursionError) as failure:
         raise ModelError(
             f"{file} cannot be read ({failure})",
-            expected="the configuration of a model",
+            expected="the file of a model",
             remedy="Give the folder of a Hugging Face model.",
         ) from None
     bits = config.get("quantization_config")
