@@ -248,7 +248,7 @@ def test_the_generic_example_has_no_static_table_and_a_plain_fedavg(tmp_path: Pa
     folder = app(
         tmp_path, {"dataset.name": "vicgalle/alpaca-gpt4"}, drop=("static.dataset.name",),
         server_app="import flwr as fl\ns = fl.server.strategy.FedAvg(fraction_fit=0.1)",
-        dataset="def load_data(n): return IidPartitioner(n)",
+        dataset=DATASET[: DATASET.index("def load_data")] + "x = IidPartitioner(9)",
     )  # fmt: skip
     assert config(folder) == expected("general", 0.1, 20)
 
@@ -355,7 +355,7 @@ def test_the_prompt_of_another_domain_is_an_error(tmp_path: Path) -> None:
     (line,) = problems(app(tmp_path, dataset=DATASET.replace("finance", "generalnlp")))
     assert 'reformat(llm_task) = "generalnlp"' in line and "'finance'" in line
     assert config(app(tmp_path, dataset=DATASET.replace("finance", "code")))
-    (line,) = problems(app(tmp_path, dataset="def load_data(n): return n"))
+    (line,) = problems(app(tmp_path, dataset=DATASET[: DATASET.index("def load_data")]))
     assert line.startswith("the app's prompt")
     computed = DATASET.replace('"finance"', "os.environ['TASK']")
     assert "os.environ['TASK']" in problems(app(tmp_path, dataset=computed))[0]

@@ -283,6 +283,19 @@ def test_rows_that_are_changed_otherwise_are_refused(tmp_path: Path, old: str, n
     assert "formats rows unlike" in line
 
 
+def test_columns_that_are_only_renamed_change_nothing(tmp_path: Path) -> None:
+    text = """
+def reformat(dataset, llm_task):
+    if "context" in dataset.column_names:
+        dataset = dataset.rename_column("context", "input")
+    return dataset
+"""
+    keys = {"static.dataset.name": "databricks/databricks-dolly-15k"}
+    assert config(app(tmp_path, keys, dataset=text + DATASET)).data.train == "dolly"
+    (line,) = problems(app(tmp_path, keys, dataset=text.replace('"input"', '"response"') + DATASET))
+    assert "rename_column('context', 'response'): formats rows unlike" in line
+
+
 def test_joined_rows_have_a_space_even_without_input() -> None:
     row = {"instruction": "Say", "input": "", "output": "x"}
     assert spaced(row) == ("Say ", "x")
@@ -291,12 +304,27 @@ def test_joined_rows_have_a_space_even_without_input() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [("### Response: ", "### Answer: "), ("{mssg}", "<|im_start|>user"),
-     ("['response'][i]}\"", "['response'][i]}</s>\""), ("{mssg}\\n", "{mssg}\\n\\n")],
+     ("['response'][i]}\"", "['response'][i]}</s>\""), ("{mssg}\\n", "{mssg}\\n\\n"),
+     ("['response'][i]}\"", "['response'][i]}\" + tokenizer.eos_token"),
+     ("['response'][i]}\"", "['response'][i]}{eos}\"")],
 )  # fmt: skip
 def test_another_prompt_is_refused(tmp_path: Path, old: str, new: str) -> None:
     assert old in DATASET
     (line,) = problems(app(tmp_path, dataset=DATASET.replace(old, new, 1)))
     assert line.startswith("pkg/dataset.py: formatting_prompts_func: trains another text")
+
+
+def test_a_text_that_is_changed_behind_its_f_string_is_refused(tmp_path: Path) -> None:
+    """The template's, in the template's loop; then with a token more."""
+    text = DATASET.replace(
+        "return [", "out = []\n    for i in range(9):\n        text = ("
+    ).replace(" for i in range(9)\n    ]", "\n        )\n        out.append(text)\n    return out")
+    assert notes(app(tmp_path, dataset=text)) == ()
+    for more in ("text + tokenizer.eos_token", "text.strip()"):
+        (line,) = problems(app(tmp_path, dataset=text.replace("append(text)", f"append({more})")))
+        assert "trains another text" in line
+    added = text.replace("        out.append", "        text += '</s>'\n        out.append")
+    assert "trains another text" in problems(app(tmp_path, dataset=added))[0]
 
 
 def test_a_prompt_by_the_model_s_name(tmp_path: Path) -> None:
@@ -317,10 +345,31 @@ chosen = choose(cfg.model.name)
     assert "formatting_prompts_func_qwen: trains another text" in line
 
 
-def test_a_prompt_that_is_not_there_is_said(tmp_path: Path) -> None:
+OTHER_PROMPTS = {
+    "another name": "def to_text(row):\n    return f\"{row['instruction']} {row['response']}\"\n",
+    "a method of str": "def formatting_prompts(row):\n"
+    "    return 'Q {} A {}'.format(row['instruction'], row['response'])\n",
+    "a chat template": "def to_text(row):\n    return tokenizer.apply_chat_template(row)\n",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PROMPTS)
+def test_a_prompt_that_is_not_found_is_refused_until_it_is_chosen(
+    tmp_path: Path, name: str
+) -> None:
+    used = "\nx = [formatting_prompts]\n" if "method" in name else "\nx = [to_text]\n"
+    text = OTHER_PROMPTS[name] + DATASET[DATASET.index("def load_data") :]
+    folder = app(tmp_path, dataset=text + used)
+    (line,) = problems(folder)
+    assert line.endswith("or choose with --set data.rows=domain")
+    assert "trains another text" in line or line.startswith("the app's prompt: no function makes")
+    assert any("answered by" in note for note in notes(folder, "data.rows=domain"))
+
+
+def test_an_app_of_which_neither_prompt_nor_trainer_is_seen(tmp_path: Path) -> None:
     without = DATASET[DATASET.index("def load_data") :]
-    assert notes(app(tmp_path, dataset=without)) == (
-        "the app's prompt: not found in its code; the template's is computed",
+    assert "the app's prompt: not found in its code; the template's is computed" in notes(
+        app(tmp_path, dataset=without, client_app="app = ClientApp()\n")
     )
 
 

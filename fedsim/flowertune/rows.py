@@ -20,10 +20,27 @@ _OPERATIONS = {"rename_column", "rename_columns", "remove_columns", "map", "filt
                "shuffle", "train_test_split", "add_column", "cast_column"}  # fmt: skip
 
 
+# Operations that give columns the template's names, Dolly's among them.
+NAMES = {"rename_column('output', 'response')", "rename_column('context', 'input')"}
+_ANSWERS = ("{response}", "{output}")
+
+
 def code_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     """A function's body as text, without its docstring."""
     body = node.body[ast.get_docstring(node) is not None :]
     return "\n".join(ast.unparse(statement) for statement in body)
+
+
+def changed(function: ast.AST, text: ast.JoinedStr) -> bool:
+    """Whether a function adds to a text of its, or calls a method of it."""
+    names = {target.id for n in ast.walk(function) if isinstance(n, ast.Assign) and n.value is text
+             for target in n.targets if isinstance(target, ast.Name)}  # fmt: skip
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp | ast.AugAssign | ast.Attribute):
+            for part in ast.walk(node):
+                if part is text or (isinstance(part, ast.Name) and part.id in names):
+                    return True
+    return False
 
 
 class RowRules(Reader):
@@ -86,7 +103,7 @@ class RowRules(Reader):
             for file, _, call, scope in self.calls
             if isinstance(call.func, ast.Attribute) and call.func.attr in _OPERATIONS
         ]
-        texts = {text for _, text in done} - {"rename_column('output', 'response')"}
+        texts = {text for _, text in done} - NAMES
         kinds = {
             "instruction": set(),
             "joined": {"map(joining, ['input'])"},
@@ -117,30 +134,35 @@ class RowRules(Reader):
 
     def prompt(self) -> None:
         """The text that is trained is the template's."""
-        used = {n.node.id for n in self.flow.reached if isinstance(n.node, ast.Name)}
+        used = {r.node.id for r in self.flow.reached if isinstance(r.node, ast.Name)}
         seen = False
         for name, found in self.flow.functions.items():
-            if name not in used or "format" not in name or "prompt" not in name:
-                continue
-            for node, file, _ in found:
+            for node, file, _ in found if name in used else ():
                 texts = self.texts(node)
+                if not any(column in text for text in texts for column in _ANSWERS):
+                    texts = [""] if name.startswith("format") and "prompt" in name else []
                 if texts and texts != [TEXT]:
-                    self.problem(f"{file}: {name}", f"trains another text than {TEXT!r}; use that")
+                    self.problem(f"{file}: {name}", f"trains another text than {TEXT!r}; use that",
+                                 "data.rows=domain")  # fmt: skip
                 seen = seen or bool(texts)
-        if not seen:
+        if seen:
+            return
+        if "SFTTrainer" in self.callees():
+            self.problem("the app's prompt", f"no function makes {TEXT!r} of a row; write one",
+                         "data.rows=domain")  # fmt: skip
+        else:
             self.note("the app's prompt", "not found in its code; the template's is computed")
 
     def texts(self, node: ast.AST) -> list[str]:
-        """The texts that a function makes of a row, its columns in braces; [""]: in another way."""
-        out = []
+        """The f-strings that a function makes of a row, its columns in braces, and `{?}` behind
+        those that it changes afterwards."""
+        parts = {id(part) for part in ast.walk(node)}
+        texts = []
         for reached in self.flow.reached:
-            inside = any(reached.node is part for part in ast.walk(node))
-            if inside and isinstance(reached.node, ast.JoinedStr):
-                out.append("".join(self.part(p, reached.scope) for p in reached.node.values))
-        whole = [text for text in out if "{" in text]
-        makes = any(isinstance(n, ast.Constant) and n.value in ("response", "output")
-                    for n in ast.walk(node))  # fmt: skip
-        return whole or [""] * makes
+            if isinstance(reached.node, ast.JoinedStr) and id(reached.node) in parts:
+                text = "".join(self.part(p, reached.scope) for p in reached.node.values)
+                texts.append(text + "{?}" * changed(node, reached.node))
+        return [text for text in texts if "{" in text]
 
     def part(self, node: ast.expr, scope: Scope) -> str:
         """A part of an f-string: text, or a column in braces."""
