@@ -88,9 +88,6 @@ def run(
     """Simulate federated fine-tuning, evaluating before and after."""
     from fedsim import launch
 
-    if resume and fresh:
-        raise ConfigError("--resume with --fresh", expected="one of them",
-                          remedy="--resume goes on with a run, --fresh replaces it.")  # fmt: skip
     if (code := launch.spread(devices)) is not None:
         raise typer.Exit(code)
     config, imported = configure(source, preset, domain, data_dir, assignments or [])

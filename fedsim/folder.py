@@ -215,6 +215,8 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
         ConfigError: it exists and neither `resume` nor `fresh` was asked for, or is no run's.
         CheckpointError: there is nothing to resume, or it has another configuration.
     """
+    if resume and fresh:
+        raise ConfigError("--resume with --fresh", expected="one of them")
     path = Path(config.run.out) / config.run.name
     recover(path)
     folder, file = RunFolder(path), path / "config.toml"
