@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM"), "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
+# Options that are off when they are empty; of others peft takes an empty value for an order.
+_EMPTY = {"modules_to_save", "target_parameters", "layer_replication"}
 _CONVERT = (
     "Save it again with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
     "which makes a plain LoRA adapter of it."
@@ -82,21 +85,27 @@ def settings(folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = LoraConfig(**kept)
-            numbers = [found.r, found.lora_alpha, *(found.rank_pattern or {}).values(),
-                       *(found.alpha_pattern or {}).values()]  # fmt: skip
-            if not all(isinstance(n, int | float) and n > 0 for n in numbers):
+            ranks = [found.r, *(found.rank_pattern or {}).values()]
+            numbers = [*ranks, found.lora_alpha, *(found.alpha_pattern or {}).values()]
+            whole = all(isinstance(r, int) for r in ranks)
+            if not whole or not all(isinstance(n, int | float) and 0 < n < inf for n in numbers):
                 raise ValueError(f"ranks and alphas are {numbers}, not numbers above 0")
-    except (TypeError, ValueError, AttributeError, ImportError) as failure:
+            modules = found.target_modules
+            if not isinstance(modules, str | list | set) or not modules:
+                raise ValueError(f"target_modules, {modules!r}, names no modules")
+            for pattern in [*(found.rank_pattern or {}), *(found.alpha_pattern or {})]:
+                re.compile(pattern)
+    except (TypeError, ValueError, AttributeError, ImportError, re.error) as failure:
         raise ModelError(f"{file}: {failure}", expected="settings that peft accepts") from None
     return found
 
 
-def _allowed(key: str, value: Any) -> bool:
-    if key in COMPUTED | NEUTRAL:
+def _allowed(name: str, value: Any) -> bool:
+    if name in COMPUTED | NEUTRAL:
         return True
-    if key in ONLY:
-        return any(value is one or (isinstance(one, str) and value == one) for one in ONLY[key])
-    return value is None or value is False or value in ({}, [], "")  # an option that is off
+    if name in ONLY:
+        return any(value is one or (isinstance(one, str) and value == one) for one in ONLY[name])
+    return value is None or value is False or (name in _EMPTY and value in ([], {}))
 
 
 def _expected(key: str) -> str:
@@ -174,9 +183,12 @@ def targets(found: Any, linears: Iterable[str]) -> list[str]:
         out = [
             n for n in linears if wanted.target_modules and check_target_module_exists(wanted, n)
         ]
-    except re.error as failure:
-        raise ModelError("a pattern of an adapter's modules", got=failure.pattern,
-                         expected=f"a regular expression ({failure})") from None  # fmt: skip
+    except (re.error, TypeError) as failure:
+        raise ModelError(
+            "modules that an adapter names",
+            got=found.target_modules,
+            expected=f"names or a regular expression ({failure})",
+        ) from None
     if not out:
         raise ModelError(
             "target_modules of an adapter", got=found.target_modules,

@@ -153,11 +153,12 @@ def eval_(
     from fedsim.evaluate import comparable, comparison, explain
     from fedsim.evaluate.targets import resolve
 
-    named = [a.partition("=")[2].strip() for a in assignments or [] if a.startswith("model.name=")]
-    if base is not None and named and named[-1] != base:
-        raise ConfigError("--set model.name", got=named[-1], expected=f"{base}, as --base says")
-    base = named[-1] if named else base
+    named = configuration.override({}, assignments or []).get("model", {}).get("name", base)
+    if base is not None and named != base:
+        raise ConfigError("--set model.name", got=named, expected=f"{base}, as --base says")
+    base = None if named is None else str(named)
     found = resolve(targets, base)
+    assignments = [a for a in assignments or [] if a.partition("=")[0].strip() != "model.name"]
     given = {
         "data": {"domain": domain, "dir": None if data_dir is None else str(data_dir),
                  "source": None if data_dir is None else "directory"},

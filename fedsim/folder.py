@@ -21,11 +21,11 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import FILE, write_atomic, write_failed
-from fedsim.config import Config, build, read_toml, resolved
+from fedsim.config import Config, resolved
 from fedsim.errors import CheckpointError, ConfigError
 
-# What may differ between a run and its resumption: the place, and how clients are packed.
-_FREE = {"run.out", "run.name", "run.device", "train.slots", "train.budget_tokens", "train.memory",
+# What makes no other study of a run: the place, and how clients are packed.
+FREE = {"run.out", "run.name", "run.device", "train.slots", "train.budget_tokens", "train.memory",
          "train.recompute"}  # fmt: skip
 # What a run's folder may hold before its first checkpoint: nothing that was finished.
 _UNFINISHED = {"config.toml", "environment.json", "eval", "scores.json", "checkpoint",
@@ -35,7 +35,7 @@ _UNFINISHED = {"config.toml", "environment.json", "eval", "scores.json", "checkp
 def default_name(config: Config) -> str:
     """The name of a run that has none: no two studies share it, and the same one has it again."""
     asked = {f"{s}.{k}": v for s, keys in resolved(config).items() for k, v in keys.items()
-             if f"{s}.{k}" not in _FREE}  # fmt: skip
+             if f"{s}.{k}" not in FREE}  # fmt: skip
     code = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]
     parts = (config.data.domain, config.server.strategy)
     told = [re.sub(r"[^\w-]+", "-", part.rpartition(".")[2]).strip("-") for part in parts]
@@ -48,6 +48,11 @@ class RunFolder:
     def __init__(self, path: Path, final: Path | None = None) -> None:
         """`final`: the folder whose place it takes with its first checkpoint."""
         self.path, self._final = path, final
+
+    @property
+    def replaces(self) -> bool:
+        """It takes another's place: what lies in it is of one that never came so far."""
+        return self._final is not None
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +81,8 @@ class RunFolder:
         except OSError as failure:
             raise write_failed(path, failure) from failure
         self.path, self._final = path, None
+        if (old / "evaluation").is_dir() and not (path / "evaluation").exists():
+            (old / "evaluation").rename(path / "evaluation")  # its results say whose they are
         shutil.rmtree(old, ignore_errors=True)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -147,7 +154,10 @@ class RunFolder:
         try:
             # Not splitlines: a question may hold U+2028 or U+0085, which JSON leaves as they are.
             text = path.read_text(encoding="utf-8")
-            return [json.loads(line) for line in text.split("\n") if line]
+            found = [json.loads(line) for line in text.split("\n") if line]
+            if not all(isinstance(line, dict) for line in found):
+                raise ValueError("a line is no object")
+            return found
         except (OSError, ValueError) as failure:
             raise CheckpointError(
                 f"{path} cannot be read ({failure})",
@@ -213,13 +223,13 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
 
     Raises:
         ConfigError: it exists and neither `resume` nor `fresh` was asked for, or is no run's.
-        CheckpointError: there is nothing to resume, or it has another configuration.
+        CheckpointError: there is nothing to resume.
     """
     if resume and fresh:
         raise ConfigError("--resume with --fresh", expected="one of them")
-    path = Path(config.run.out) / config.run.name
+    path = (Path(config.run.out) / config.run.name).resolve()  # of a link, what it points to
     recover(path)
-    folder, file = RunFolder(path), path / "config.toml"
+    folder = RunFolder(path)
     if resume:
         if not path.is_dir():
             raise CheckpointError(f"there is no run in {path}", remedy="Start it without --resume.")
@@ -228,8 +238,6 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
                 f"{path} is not a run's folder", expected="a config.toml and a checkpoint in it",
                 remedy="Give another name with --set run.name=...",
             )  # fmt: skip
-        if file.is_file():
-            check_same(config, path)
         return folder
     if not path.exists():
         return folder
@@ -242,6 +250,13 @@ def open_folder(config: Config, *, resume: bool, fresh: bool) -> RunFolder:
         raise ConfigError(
             f"{path} already exists",
             remedy="Go on with --resume, replace it with --fresh, or give --set run.name=...",
+        )
+    own = _UNFINISHED | {"adapters", "plots", "report.html", "evaluation"}
+    names = {p.name.removesuffix(".partial") for p in path.iterdir()}
+    if strange := sorted(n for n in names - own if not n.startswith(".")):
+        raise ConfigError(
+            f"{path} also holds {', '.join(strange[:3])}",
+            remedy="Move what is not of the run elsewhere, or give --set run.name=...",
         )
     return replacing(path)
 
@@ -256,41 +271,3 @@ def _is_run(path: Path) -> bool:
 def replacing(path: Path) -> RunFolder:
     """A folder beside this one that takes its place when it is published."""
     return RunFolder(_beside(path, "partial"), path)
-
-
-def check_same(config: Config, path: Path) -> None:
-    """A resumed run must have the configuration it began with. Raises CheckpointError."""
-    file = path / "config.toml"
-    before, now = resolved(build(read_toml(file), str(file))), resolved(config)
-    for section, values in now.items():
-        for name in values.keys() | before[section].keys():
-            was, value = before[section].get(name), values.get(name)
-            if was != value and f"{section}.{name}" not in _FREE:
-                raise CheckpointError(
-                    f"{section}.{name} differs from the run in {path}", got=value,
-                    expected=repr(was), remedy="Resume with the run's own configuration.",
-                )  # fmt: skip
-
-
-def check_content(folder: RunFolder, now: Mapping[str, Any]) -> None:
-    """A resumed run must have the rows, questions and weights that it began with, by content.
-
-    Args:
-        now: what `world.describe` says of those that are here.
-
-    Raises:
-        CheckpointError: one is another, or the run did not note what it began with.
-    """
-    before = folder.read_json("environment.json").get("content")
-    if not before:
-        raise CheckpointError(
-            f"{folder.path} does not say which rows, questions and weights it began with",
-            remedy="An earlier version began it: finish it with that, or start with --fresh.",
-        )
-    for what, value in now["content"].items():
-        if (was := before.get(what)) != value:
-            raise CheckpointError(
-                f"sha256 of {what}", got=value[:12],
-                expected=f"{str(was)[:12]}, with which the run in {folder.path} began",
-                remedy="Put back what was there, or start again with --fresh.",
-            )  # fmt: skip

@@ -18,11 +18,12 @@ from fedsim.config import Config
 from fedsim.core import ClientMemory, ClientUpdates, LocalRule, RoundPlan, ServerState, Strategy
 from fedsim.dp_sgd import hidden
 from fedsim.flowertune import App
-from fedsim.folder import RunFolder, check_content, locked, open_folder
+from fedsim.folder import RunFolder, locked, open_folder
 from fedsim.plan import plan_round
 from fedsim.record import Meter, client_lines, round_line
 from fedsim.reduce import Reduce
 from fedsim.release import Release
+from fedsim.resumption import check_content, check_same
 from fedsim.saving import commit, export, score
 from fedsim.secure import Ring
 from fedsim.train import Trainer
@@ -52,8 +53,10 @@ def lead(config: Config, resume: bool, fresh: bool, meter: Meter, app: App | Non
     """The loop, where others may help to train."""
     strategy = strategies.load(config.server.strategy, config.server.options)
     wire = rehearsal.wire(config, strategy)
-    with locked(Path(config.run.out) / config.run.name):
+    with locked((Path(config.run.out) / config.run.name).resolve()):
         folder = open_folder(config, resume=resume, fresh=fresh)
+        if resume:
+            check_same(config, folder.path)
         return simulated(config, strategy, wire, folder, meter, app.record() if app else {})
 
 
@@ -74,7 +77,7 @@ def simulated(
         Trainer(base, store, people, config, key, host=bool(base.shards), rows=rows)
     )
     ledger = Ledger(config, world.data.population, key)
-    saved = checkpoints.load_checkpoint(folder.checkpoints)
+    saved = None if folder.replaces else checkpoints.load_checkpoint(folder.checkpoints)
     if saved:
         check_content(folder, describe(config, world))
     folder.cut(saved.bytes_done if saved else {})

@@ -58,11 +58,14 @@ class Weights:
 
     def digest(self) -> str:
         """sha256 over the weight files and the model's configuration."""
-        files = [f for f in sorted(self.path.resolve().iterdir())
-                 if f.suffix in (".safetensors", ".bin")
+        there = sorted(self.path.resolve().iterdir())
+        kind = ".safetensors" if any(f.suffix == ".safetensors" for f in there) else ".bin"
+        files = [f for f in there if f.suffix == kind
                  or f.name in ("config.json", "model.safetensors.index.json")]  # fmt: skip
-        stats = [f.stat() for f in files]
-        return _digest(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)))
+        found = [(str(f), f.stat()) for f in files]
+        return _digest(tuple(
+            (f, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f, s in found
+        ))  # fmt: skip
 
     @property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -104,7 +107,7 @@ class Weights:
 
 
 @cache
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(files: tuple[tuple[str, int, int, int, int], ...]) -> str:
     """Digest of files of these sizes and times; kept in the cache, as it takes a second a GB."""
     kept = cache_root() / "digests" / hashlib.sha256(repr(files).encode()).hexdigest()[:32]
     if kept.is_file():
@@ -261,10 +264,6 @@ def _check(found: Weights) -> None:
         )  # fmt: skip
 
 
-def _first(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200].rstrip(" :")
-
-
 def tokenizer(weights: Weights) -> Any:
     """The model's own fast tokenizer. Raises ModelError without one or without an EOS token."""
     from transformers import AutoTokenizer
@@ -272,8 +271,9 @@ def tokenizer(weights: Weights) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(weights.path)
     except Exception as failure:  # the tokenizers library raises bare exceptions
+        said = (str(failure).splitlines() or ["no message"])[0][:200]
         raise ModelError(
-            f"no tokenizer can be loaded from {weights.origin} ({_first(failure)})",
+            f"no tokenizer can be loaded from {weights.origin} ({said})",
             expected="tokenizer.json beside the weights",
         ) from failure
     if not loaded.is_fast or loaded.eos_token_id is None:
@@ -288,7 +288,8 @@ def tokenizer(weights: Weights) -> Any:
 def precision(dtype: str, config: Config) -> str:
     """What a base computes with, for the record: `float32`, or `fp4, float32`."""
     kind = config.model.quantisation
-    return dtype if kind == "none" else f"{kind}, {dtype}"
+    twice = " double" if config.model.double_quantisation else ""
+    return dtype if kind == "none" else f"{kind}{twice}, {dtype}"
 
 
 def model_type(weights: Weights) -> str:

@@ -261,7 +261,11 @@ def test_half_precision_factors_are_stock_pefts(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"target_modules": None}, "target_modules of an adapter"),
+        ({"target_modules": None}, "target_modules, None, names no modules"),
+        ({"target_modules": 5}, "names no modules"), ({"rank_pattern": {"(": 4}}, "missing \\)"),
+        ({"exclude_modules": 5}, "names or a regular expression"), ({"r": 2.5}, "numbers above 0"),
+        ({"lora_alpha": float("inf")}, "numbers above 0"), ({"kasa_config": {}}, "kasa_config"),
+        ({"use_bdlora": {}}, "use_bdlora"), ({"trainable_token_indices": []}, "trainable_token"),
         ({"target_modules": ["nothing"]}, "some linear of this base"),
         ({"target_modules": "*q_proj"}, "a regular expression"),
         ({"target_modules": ["q_proj"]}, "tensors such as .*down_proj"),

@@ -79,9 +79,13 @@ def test_targets_are_told_apart(run: Path, settings: Callable[..., Config]) -> N
 def test_an_adapter_of_an_aliass_model_finds_the_alias(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(
-            {"peft_type": "LORA", "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+            {
+                "peft_type": "LORA",
+                "target_modules": ["q_proj"],
+                "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            }
         )
-    )
+    )  # fmt: skip
     (one,) = resolve([str(tmp_path)])
     assert one.base == "smollm2-135m-instruct"
 

@@ -112,6 +112,40 @@ def test_a_run_is_replaced_with_the_first_checkpoint(
     assert got[adapter] == whole[adapter] != before[adapter]
 
 
+def test_a_swap_that_failed_leaves_nothing_to_go_on_from(
+    small: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside, checkpoint and all, is of another study."""
+    run = simulate.run(small())
+
+    def stopped(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "publish", stopped)
+        simulate.run(small(adapter__alpha=16.0), fresh=True)
+    assert simulate.run(small(adapter__alpha=32.0), fresh=True) == run
+    assert "alpha = 32.0" in (run / "config.toml").read_text()
+    assert not (run.parent / ".run.partial").exists()
+
+
+def test_fresh_keeps_what_is_not_the_runs(small: Settings, tmp_path: Path) -> None:
+    """Evaluations go along, files of somebody else are not replaced, a link stays one."""
+    run = simulate.run(small())
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "scores.json").write_text("[]")
+    simulate.run(small(run__seed=7), fresh=True)
+    assert (run / "evaluation" / "scores.json").read_text() == "[]"
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"also holds notes\.txt"):
+        simulate.run(small(), fresh=True)
+    (run / "notes.txt").unlink()
+    run.rename(tmp_path / "big")
+    run.symlink_to(tmp_path / "big")
+    simulate.run(small(), fresh=True)
+    assert run.is_symlink() and "seed = 42" in (tmp_path / "big" / "config.toml").read_text()
+
+
 def test_a_kill_between_the_two_renames(small: Settings) -> None:
     run = simulate.run(small())
     before = content(run)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fedsim import peft_io, seeds, simulate
+from fedsim import peft_io, seeds, simulate, weights
 from fedsim.config import Config
 from fedsim.core import Score
 from fedsim.errors import ConfigError, FedSimError, ModelError
@@ -263,6 +263,34 @@ def test_a_fresh_one_that_fails_keeps_the_old(
     with pytest.raises(KeyboardInterrupt):
         evaluated(resolve([str(made)]), tmp_path / "out", fresh=True)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_one_base_under_several_names(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(settings().model.name, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    made = adapter(settings(model__name="model"), tmp_path / "a")
+    assert len(resolve(["model", "./model", str(made), str(tmp_path / "model")])) == 2
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert [t.base for t in resolve([str(made)], hub)] == [hub]  # --base means what it says
+
+
+def test_double_quantisation_is_another_base(settings: Settings) -> None:
+    def named(**model: Any) -> str:
+        return weights.precision("float32", settings(**model))
+
+    assert named(model__quantisation="nf4") == "nf4, float32"
+    assert named(model__quantisation="nf4", model__double_quantisation=True) == (
+        "nf4 double, float32"
+    )
+
+
+def test_half_written_files_do_not_block(settings: Settings, tmp_path: Path) -> None:
+    made = adapter(settings(), tmp_path / "a")
+    evaluated(resolve([str(made)]), tmp_path / "out")
+    (tmp_path / "out" / "scores.json.partial").write_text("[")
+    evaluated(resolve([str(made)]), tmp_path / "out", fresh=True)
 
 
 def test_one_process_at_a_time(settings: Settings, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedsim import domains, model, peft_io, pretrained, record, references, seeds, weights
+from fedsim import domains, model, pretrained, record, references, seeds, weights
 from fedsim.config import KEYS, Config, build, merge, override, resolved
 from fedsim.core import Score, pick_device
 from fedsim.errors import ConfigError, ModelError
@@ -31,7 +31,8 @@ BACKENDS = ("engine", "transformers", "vllm")
 # What an evaluation hangs on; every other key would have no effect.
 EFFECTIVE = {
     "run.seed", "run.protocol", "run.device", "model.name", "model.revision", "model.dtype",
-    "model.quantisation", "model.double_quantisation", "data.domain", "data.source", "data.dir",
+    "model.quantisation", "model.double_quantisation", "model.hold",
+    "data.domain", "data.source", "data.dir",
     "evaluate.tasks", "evaluate.limit", "train.mode", "train.tile", "train.budget_tokens",
     "train.memory",
 }  # fmt: skip
@@ -124,7 +125,7 @@ class Comparison:
         device = pick_device(config.run.device)
         precision = weights.precision(str(pretrained.compute_dtype(config, device))[6:], config)
         if self.backend == "engine":
-            targets = config.adapter.targets or peft_io.default_targets(weights.model_type(found))
+            targets = config.adapter.targets or ("all-linear",)
             base = model.load(found, config, device, targets, tokenizer=tokenizer)
             yield Engine(base, tokenizer, config.adapter, pass_budget(config, device)), precision
         elif self.backend == "transformers":
@@ -144,7 +145,10 @@ def by_precision(config: Config, tests: Suite) -> Iterator[tuple[Config, Suite]]
         wanted = {n: t for n, t in tests.tasks.items()
                   if ("none" if t.form.precision == "full" else usual) == kind}  # fmt: skip
         if wanted:
-            base = config.model.model_copy(update={"quantisation": kind})
+            double = config.model.double_quantisation and config.run.protocol != "flowertune"
+            base = config.model.model_copy(
+                update={"quantisation": kind, "double_quantisation": double and kind != "none"}
+            )
             yield config.model_copy(update={"model": base}), replace(tests, tasks=wanted)
 
 
@@ -224,12 +228,12 @@ def configure(
                 remedy=f"Say with --set {key}=... which it is, or evaluate them one by one.",
             )  # fmt: skip
     config = build(override(values, assignments), "fedsim eval")
-    fixed = ("model.dtype", "model.quantisation", "model.double_quantisation")
+    fixed = ("model.quantisation", "model.double_quantisation")
     for key in (k for k in fixed if _assigned(k, assignments)):
         if config.run.protocol == "flowertune":
             raise ConfigError(
-                f"--set {key}", expected="nothing: protocol flowertune computes in float32, over "
-                "fp4 where the leaderboard's script does",
+                f"--set {key}", expected="nothing: protocol flowertune computes over fp4 where "
+                "the leaderboard's script does",
                 remedy="Leave it out, or evaluate with --protocol fedsim.",
             )  # fmt: skip
     if config.model.name != targets[0].base:

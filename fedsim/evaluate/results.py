@@ -38,11 +38,17 @@ class Results:
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        path = path.resolve()
+        if not path.name:
+            raise ConfigError("--out", got=str(path), expected="a folder that has a name")
         self.path, self._fresh = path, fresh
         self._heads: dict[str, Any] = {}
         self._folder = RunFolder(path)
         self._began = False
-        strange = sorted({p.name for p in path.iterdir()} - _OWN) if path.is_dir() else []
+        there = (
+            {p.name.removesuffix(".partial") for p in path.iterdir()} if path.is_dir() else set()
+        )
+        strange = sorted(there - _OWN)
         if strange or path.is_file():
             raise ConfigError(
                 f"{path} is no folder of evaluations: it holds {', '.join(strange[:3]) or 'data'}",
@@ -113,8 +119,8 @@ class Results:
         folder.begin(self._heads["config"])
         now = dict(self._heads["environment"])
         ids = {s["subject"] for s in now["subjects"]}
-        old = [s for s in self._known("environment.json").get("subjects", [])
-               if s.get("subject") not in ids]  # fmt: skip
+        old = [s for s in self._known("environment.json").get("subjects") or []
+               if isinstance(s, dict) and s.get("subject") not in ids]  # fmt: skip
         folder.write_json("environment.json", now | {"subjects": [*old, *now["subjects"]]})
         references = self._known("references.json") | dict(self._heads["references"])
         folder.write_json("references.json", references)

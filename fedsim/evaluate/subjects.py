@@ -99,7 +99,7 @@ def _check(
     content = base + (adapter_file.digest(folder) if folder else "")
     subject = hashlib.sha256(content.encode()).hexdigest()[:16]
     if folder is None:
-        return Checked(replace(target.adapter, subject=subject), base, other=other)
+        return Checked(replace(target.adapter, subject=subject), base)
     parts = adapter_file.factors(folder, shapes)
     norm = sum(f.norm() ** 2 for f in parts.values()) ** 0.5
     idle = norm == 0 and all(f.mag is None or _of_the_weight(found, m, f) for m, f in parts.items())

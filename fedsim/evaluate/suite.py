@@ -31,7 +31,11 @@ class Questions:
         """sha256 of the questions as they are asked, in their order."""
         h = hashlib.sha256()
         for item in self.items:
-            h.update(json.dumps([item.prompt, item.gold, *item.choices]).encode())
+            h.update(
+                json.dumps(
+                    [item.prompt, item.gold, item.choices, item.facts], default=str, sort_keys=True
+                ).encode()
+            )
         return h.hexdigest()
 
 

@@ -46,6 +46,7 @@ def resolve(names: Sequence[str], base: str | None = None) -> list[Target]:
         ConfigError: a folder is none of these, a run has exported nothing, or the targets have
             different bases.
     """
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     found = [target for name in names for target in _resolve(name, base)]
     once: dict[tuple[object, int], Target] = {}
     for target in found:
@@ -73,12 +74,20 @@ def _resolve(name: str, base: str | None) -> list[Target]:
             expected="a run's folder, an adapter's (adapter_config.json) or a model's "
             "(config.json)",
         )  # fmt: skip
-    return [Target(Adapter("base"), name, 0)]
+    return [Target(Adapter("base"), _one(name), 0)]
+
+
+def _one(name: str) -> str:
+    """One name of a base that has several: a folder's absolute path; the alias of a hub's model,
+    which an exported adapter names."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    return next((a for a, known in weights.ALIASES.items() if known.hub == name), name)
 
 
 def _run(path: Path, base: str | None) -> list[Target]:
     config = build(read_toml(path / "config.toml"), str(path / "config.toml"))
-    place, model = path.resolve(), base or config.model.name
+    place, model = path.resolve(), base or _one(config.model.name)
     over = _trained_over(path)
     out = [Target(Adapter("base"), model, 0, config, over=over)]
     for folder in sorted((path / "adapters").glob("round_*")):
@@ -110,10 +119,8 @@ def _adapter(path: Path, base: str | None) -> Target:
             f"{path}/adapter_config.json: base_model_name_or_path", got=named,
             expected="the model that the adapter belongs to", remedy="Say it with --base MODEL.",
         )  # fmt: skip
-    # An exported adapter of an alias names the hub's model, which the alias also stands for.
-    alias = next((a for a, known in weights.ALIASES.items() if known.hub == named), None)
     return Target(
-        Adapter("", path), alias or str(named), 0, place=path.resolve(),
+        Adapter("", path), base or _one(str(named)), 0, place=path.resolve(),
         revision=None if base else settings.revision, over=adapter_file.base_digest(path),
     )  # fmt: skip
 
