@@ -461,7 +461,7 @@ def full(runs: Runs, name: str, limit: int, **changes: Any) -> int | None:
     assert failed.code == 1, failed.text
     assert "Traceback" not in failed.text
     error = failed.text[failed.text.index("error:") :]
-    assert "cannot be written" in error and "make room" in error and "--resume" in error
+    assert "cannot be written" in error and "Make room" in error and "--resume" in error
     saved = checkpoints.load_checkpoint(runs.folder(name) / "checkpoint")
     return saved and saved.server.round
 
@@ -500,7 +500,7 @@ def test_no_step_of_a_checkpoint_fails_raw(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        with pytest.raises(RunError, match=r"No space left on device.*make room"):
+        with pytest.raises(RunError, match=r"No space left on device.*Make room"):
             checkpoints.save_checkpoint(folder, state)
     if call != "mkdir":
         again = checkpoints.load_checkpoint(folder)
